@@ -117,7 +117,7 @@ async fn observe(server: &'static Server, served: Task<()>) {
         pin!(lines.merge(stream::stop_after_future(clock, served)).debounce(Realtime, interval / 10));
 
     while let Some(event) = events.next().await {
-        server.room().await;
+        server.log.room().await;
         server.log.observed(&event);
     }
     server.log.close();
@@ -336,7 +336,7 @@ impl Server {
                         warned = Some(Instant::now());
                         complain(format_args!("cannot accept: {}; trying again", io::Error::from(error)));
                     }
-                    Timer::after(BACK_OFF).await;
+                    sleep(BACK_OFF).await;
                 }
             }
         }
@@ -373,26 +373,26 @@ impl Server {
         self.stopping.set(true);
         self.each_client(Client::wake);
         let gone = || self.left.wait_until(|| self.connected.get() == 0);
-        future::or(gone(), async {
-            Timer::after(GRACE).await;
-        })
-        .await;
+        future::or(gone(), sleep(GRACE)).await;
         self.each_client(Client::cut);
         gone().await;
     }
 
-    /// Cuts clients that neither send nor take a byte. One timer serves all, an eighth of
-    /// the timeout apart, and only while there are clients to wait for; never returns.
+    /// Cuts clients that neither send nor take a byte, an eighth of the timeout late at most. One
+    /// timer serves all, and none while there is nobody to wait for; never returns.
     async fn close_the_idle(&self) {
         loop {
-            self.waiting.wait_until(|| self.connected.get() > 0).await;
-            Timer::after(self.options.timeout / 8).await;
             let now = Instant::now();
-            self.each_client(|client| {
-                if client.deadline.get().is_some_and(|deadline| deadline <= now) {
-                    client.cut();
-                }
+            let next = Cell::new(None);
+            self.each_client(|client| match client.deadline.get() {
+                Some(deadline) if deadline <= now => client.cut(),
+                Some(deadline) if next.get().is_none_or(|next| deadline < next) => next.set(Some(deadline)),
+                _ => {}
             });
+            match next.get() {
+                Some(next) => drop(Timer::at(next.max(now + self.options.timeout / 8)).await),
+                None => self.waiting.wait().await,
+            }
         }
     }
 
@@ -520,15 +520,10 @@ impl<'a> Connection<'a> {
     async fn read(&mut self) -> io::Result<usize> {
         loop {
             if self.more {
-                self.reserve();
-                match rustix::io::read(&self.client.socket, spare_capacity(&mut self.buffer)) {
-                    Ok(count) => {
-                        self.more = self.buffer.len() == self.buffer.capacity();
-                        return Ok(count);
-                    }
+                match self.try_read() {
                     Err(Errno::INTR) => continue,
                     Err(Errno::AGAIN) => {}
-                    Err(error) => return Err(error.into()),
+                    result => return Ok(result?),
                 }
             }
             self.release();
@@ -538,6 +533,14 @@ impl<'a> Connection<'a> {
             self.wait(Async::poll_readable).await?;
             self.more = true;
         }
+    }
+
+    /// Adds the bytes that are there right now.
+    fn try_read(&mut self) -> Result<usize, Errno> {
+        self.reserve();
+        let count = rustix::io::read(&self.client.socket, spare_capacity(&mut self.buffer))?;
+        self.more = self.buffer.len() == self.buffer.capacity();
+        Ok(count)
     }
 
     /// Sends the first bytes of the buffer back as they came, and forgets them.
@@ -555,21 +558,24 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
-    /// Closing while bytes are unread would reset the connection, and the client might lose
-    /// the echo: so if it has sent more than was asked for, some of that is read first.
+    /// Closing while bytes are unread would reset the connection, and the client might lose the
+    /// echo: so if it has sent more than was asked for, some of that is read first.
     async fn linger(&mut self) {
-        let mut unwanted = self.buffer.len();
-        if unwanted == 0 && !self.more {
+        if self.buffer.is_empty() && !(self.more && self.try_read().is_ok_and(|count| count > 0)) {
             return;
         }
         let _ = self.client.socket.shutdown(Shutdown::Write);
-        while unwanted <= CHUNK + self.server.options.max_line {
-            self.buffer.clear();
-            match self.read().await {
-                Ok(0) | Err(_) => break,
-                Ok(count) => unwanted += count,
+        let read = async {
+            let mut unwanted = 0;
+            while unwanted <= self.server.options.max_line {
+                self.buffer.clear();
+                match self.read().await {
+                    Ok(0) | Err(_) => break,
+                    Ok(count) => unwanted += count,
+                }
             }
-        }
+        };
+        future::or(read, sleep(GRACE)).await;
     }
 
     /// Waits until the socket is ready, the server stops between two lines, or the client is cut.
@@ -1001,21 +1007,28 @@ fn complain(sentence: fmt::Arguments) {
 }
 
 fn without_ending(line: &str) -> &str {
-    let line = line.strip_suffix('\n').unwrap_or(line);
-    line.strip_suffix('\r').unwrap_or(line)
+    line.strip_suffix("\r\n").or(line.strip_suffix('\n')).unwrap_or(line)
 }
 
-/// Adds text so that it stays one line and can't talk to the terminal: control characters, and
-/// those that break lines or reorder them, are shown as Rust writes them.
+/// Adds text so that it stays one line and can't talk to the terminal: what could do either is
+/// shown as Rust writes it, `\u{1b}` for ESC.
 fn escape(text: &str, out: &mut String) {
-    for character in text.chars() {
-        match character {
-            '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
-                out.extend(character.escape_default())
-            }
-            _ if character.is_control() => out.extend(character.escape_default()),
-            _ => out.push(character),
-        }
+    let mut rest = text;
+    while let Some(start) = rest.find(is_hostile) {
+        out.push_str(&rest[..start]);
+        let mut characters = rest[start..].chars();
+        out.extend(characters.next().into_iter().flat_map(char::escape_default));
+        rest = characters.as_str();
+    }
+    out.push_str(rest);
+}
+
+/// Control characters, and those that break lines or reorder them (Unicode's bidi controls).
+fn is_hostile(character: char) -> bool {
+    match character {
+        ' '..='~' => false,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,
+        _ => character.is_control(),
     }
 }
 
@@ -1037,6 +1050,12 @@ impl Condition {
         .await
     }
 
+    /// Waits for the next notification.
+    async fn wait(&self) {
+        let waited = Cell::new(false);
+        self.wait_until(|| waited.replace(true)).await;
+    }
+
     /// Wakes a task at the next notification.
     fn register(&self, cx: &Context) {
         let mut tasks = self.0.borrow_mut();
@@ -1050,6 +1069,10 @@ impl Condition {
             task.wake();
         }
     }
+}
+
+async fn sleep(duration: Duration) {
+    Timer::after(duration).await;
 }
 
 /// SIGINT and SIGTERM, as a descriptor to read.

@@ -1,0 +1,666 @@
+//! Starts the real binary and talks to it over real sockets.
+//!
+//! `SMOLRX_BIN` names the binary under test; without it cargo's own build is taken.
+//! Nothing here sleeps to wait for something to be true: it waits for the thing itself, with a deadline.
+#![allow(dead_code)] // each test file is a crate of its own and uses its own part
+
+use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
+use rustix::process::{Pid, Signal, kill_process};
+use std::env;
+use std::fs;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
+use std::ops::Deref;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a success may take on a slow, noisy machine before it counts as a failure.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A clock and a debounce so slow that only the flush at the end is observed.
+pub const CALM: [&str; 2] = ["--interval", "600000"];
+
+/// The transcript's line at the end of a connection.
+pub const CLOSE: &str = "Close the client socket";
+
+pub fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// The value of a setting in the environment, or what it is by default.
+pub fn setting(name: &str, default: u64) -> u64 {
+    match env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")),
+        Err(_) => default,
+    }
+}
+
+/// Tries until `done` answers yes; fails after `within`.
+pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < within, "not within {within:?}: {what}");
+        thread::sleep(ms(2));
+    }
+}
+
+// ---------------------------------------------------------------- the program
+
+/// The program under test with these options.
+pub fn program(options: &[&str]) -> Command {
+    let mut command = Command::new(binary());
+    command.args(options);
+    command
+}
+
+/// The same, started by a shell after `setup`, for example `ulimit -n 64`.
+pub fn program_after(setup: &str, options: &[&str]) -> Command {
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(format!("{setup}; exec \"$0\" \"$@\"")).arg(binary()).args(options);
+    command
+}
+
+fn binary() -> PathBuf {
+    env::var_os("SMOLRX_BIN").map_or_else(|| env!("CARGO_BIN_EXE_smolrx").into(), PathBuf::from)
+}
+
+/// Runs the program to its end, which must come by itself.
+pub fn run(options: &[&str]) -> Exit {
+    Process::spawn(program(options)).exited(PATIENCE)
+}
+
+/// A running program whose output is collected; it is killed when dropped.
+pub struct Process {
+    child: Child,
+    started: Instant,
+    pub stdout: Transcript,
+    pub stderr: Transcript,
+}
+
+/// How a program ended, and all that it said.
+#[derive(Debug)]
+pub struct Exit {
+    /// The exit code; none if a signal killed it.
+    pub code: Option<i32>,
+    /// The signal that killed it.
+    pub signal: Option<i32>,
+    /// The time from start to end.
+    pub lifetime: Duration,
+    /// Lines of standard output.
+    pub stdout: Vec<String>,
+    /// Lines of standard error.
+    pub stderr: Vec<String>,
+}
+
+impl Process {
+    pub fn spawn(mut command: Command) -> Self {
+        command.stdout(Stdio::piped());
+        Self::spawn_with_stdout(command)
+    }
+
+    /// As `spawn`, with the standard output that the command already has.
+    pub fn spawn_with_stdout(mut command: Command) -> Self {
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program under test starts");
+        let stdout = child.stdout.take().map_or_else(Transcript::ended, Transcript::of);
+        let stderr = child.stderr.take().map_or_else(Transcript::ended, Transcript::of);
+        Self { child, started: Instant::now(), stdout, stderr }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("the program is there to be signalled");
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// The exit code of a program that has ended; none if a signal killed it.
+    pub fn exit_code(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
+    /// Waits for the end, which must come within the deadline.
+    pub fn exited(&mut self, within: Duration) -> Exit {
+        let deadline = Instant::now() + within;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > deadline {
+                panic!("still running after {within:?}\n{:?}\n{:?}", self.stdout, self.stderr);
+            }
+            thread::sleep(ms(2));
+        };
+        let lifetime = self.started.elapsed();
+        self.stdout.resume();
+        Exit {
+            code: status.code(),
+            signal: status.signal(),
+            lifetime,
+            stdout: self.stdout.to_the_end(),
+            stderr: self.stderr.to_the_end(),
+        }
+    }
+
+    /// Asks it to stop, which must end well.
+    pub fn stop(&mut self) -> Exit {
+        self.signal(Signal::TERM);
+        let exit = self.exited(PATIENCE);
+        assert_eq!(exit.code, Some(0), "exit code after SIGTERM: {exit:?}");
+        exit
+    }
+
+    // What /proc says of it.
+
+    fn proc(&self, file: &str) -> String {
+        let path = format!("/proc/{}/{file}", self.child.id());
+        fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
+    }
+
+    /// A line of a file of `name: value` lines.
+    fn proc_field(&self, file: &str, name: &str) -> String {
+        let text = self.proc(file);
+        let line = text.lines().find(|line| line.starts_with(name));
+        line.unwrap_or_else(|| panic!("no {name} in {file}:\n{text}"))[name.len()..].trim().into()
+    }
+
+    /// Resident memory, in kilobytes.
+    pub fn resident_kb(&self) -> u64 {
+        // Unlike VmRSS, which newer kernels keep to within a few dozen pages only.
+        let field = self.proc_field("smaps_rollup", "Rss:");
+        field.trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// The number of open descriptors.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
+    pub fn threads(&self) -> u64 {
+        self.proc_field("status", "Threads:").parse().unwrap()
+    }
+
+    /// The soft and the hard limit of open descriptors.
+    pub fn descriptor_limits(&self) -> (String, String) {
+        let field = self.proc_field("limits", "Max open files");
+        let mut words = field.split_whitespace().map(String::from);
+        (words.next().unwrap(), words.next().unwrap())
+    }
+
+    /// Time spent on a processor by all its threads, and how often they left it.
+    pub fn activity(&self) -> (Duration, u64) {
+        let mut cpu = Duration::ZERO;
+        let mut switches = 0;
+        for task in fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap() {
+            let file = |name| fs::read_to_string(task.as_ref().unwrap().path().join(name)).unwrap();
+            let schedstat = file("schedstat");
+            cpu += Duration::from_nanos(schedstat.split(' ').next().unwrap().parse().unwrap());
+            for line in file("status").lines().filter(|line| line.contains("ctxt_switches:")) {
+                switches += line.split_whitespace().last().unwrap().parse::<u64>().unwrap();
+            }
+        }
+        (cpu, switches)
+    }
+
+    /// The port it listens on, for when it does not say.
+    pub fn listening_port(&self) -> u16 {
+        let mut found = None;
+        eventually(PATIENCE, "it listens", || {
+            let sockets: Vec<String> = fs::read_dir(format!("/proc/{}/fd", self.child.id()))
+                .unwrap()
+                .filter_map(|fd| fs::read_link(fd.unwrap().path()).ok())
+                .filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.into()))
+                .collect();
+            // sl local_address rem_address st ... inode (the tenth); state 0A is LISTEN
+            found = self.proc("net/tcp").lines().skip(1).find_map(|line| {
+                let field: Vec<&str> = line.split_whitespace().collect();
+                let ours = field[3] == "0A" && sockets.iter().any(|inode| inode == field[9]);
+                ours.then(|| u16::from_str_radix(field[1].split(':').nth(1).unwrap(), 16).unwrap())
+            });
+            found.is_some()
+        });
+        found.unwrap()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Either may fail: it has usually ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A program that listens on a port of its own.
+pub struct Server {
+    process: Process,
+    pub address: SocketAddr,
+}
+
+impl Server {
+    /// Starts it on a free port, and waits until it serves.
+    pub fn start(options: &[&str]) -> Self {
+        Self::serving(Process::spawn(program(&[&["--tcp-port", "0"], options].concat())))
+    }
+
+    /// The same, started by a shell after `setup`.
+    pub fn start_after(setup: &str, options: &[&str]) -> Self {
+        Self::serving(Process::spawn(program_after(setup, &[&["--tcp-port", "0"], options].concat())))
+    }
+
+    fn serving(process: Process) -> Self {
+        let first = process.stdout.wait_until("its first line", |lines| lines.first().cloned());
+        let address = first.strip_prefix("Serving on ").and_then(|address| address.parse().ok());
+        let address = address.unwrap_or_else(|| panic!("not `Serving on ADDRESS:PORT`: {first}"));
+        Self { process, address }
+    }
+
+    /// The address at which a client on this machine reaches it.
+    pub fn loopback(&self) -> SocketAddr {
+        let ip = match self.address.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+            ip => ip,
+        };
+        SocketAddr::new(ip, self.address.port())
+    }
+
+    pub fn connect(&self) -> Client {
+        Client::connect(self.loopback())
+    }
+
+    /// Sends these bytes on a connection of their own, which must be echoed and then closed.
+    pub fn echo(&self, bytes: impl AsRef<[u8]>) -> u16 {
+        let mut client = self.connect();
+        client.send(&bytes);
+        client.finish();
+        assert_eq!(client.rest(), bytes.as_ref(), "the echo of a line");
+        client.port()
+    }
+
+    /// Nobody is let in any more, and at once.
+    pub fn refuses(&self) {
+        eventually(ms(1000), "a new connection is refused", || {
+            TcpStream::connect(self.loopback()).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
+        });
+    }
+}
+
+impl Deref for Server {
+    type Target = Process;
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl std::ops::DerefMut for Server {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.process
+    }
+}
+
+// -------------------------------------------------------------- what it says
+
+/// What a program writes, line by line, as a thread reads it.
+#[derive(Clone)]
+pub struct Transcript(Arc<(Mutex<Reading>, Condvar)>);
+
+#[derive(Default)]
+struct Reading {
+    lines: Vec<String>,
+    /// What came after the last newline.
+    partial: Vec<u8>,
+    paused: bool,
+    ended: bool,
+}
+
+impl Transcript {
+    fn ended() -> Self {
+        Self(Arc::new((Mutex::new(Reading { ended: true, ..Reading::default() }), Condvar::new())))
+    }
+
+    fn of(mut source: impl Read + Send + 'static) -> Self {
+        let transcript = Self(Arc::default());
+        let reader = transcript.clone();
+        thread::spawn(move || {
+            let mut chunk = [0; 4096];
+            loop {
+                drop(reader.wait_while(PATIENCE * 100, |reading| reading.paused));
+                let length = source.read(&mut chunk).unwrap_or(0);
+                let mut reading = reader.lock();
+                for &byte in &chunk[..length] {
+                    if byte == b'\n' {
+                        let line = std::mem::take(&mut reading.partial);
+                        reading
+                            .lines
+                            .push(String::from_utf8(line).unwrap_or_else(|e| format!("not UTF-8: {e}")));
+                    } else {
+                        reading.partial.push(byte);
+                    }
+                }
+                reading.ended = length == 0;
+                reader.0.1.notify_all();
+                if reading.ended {
+                    break;
+                }
+            }
+        });
+        transcript
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Reading> {
+        self.0.0.lock().unwrap()
+    }
+
+    fn wait_while(
+        &self,
+        within: Duration,
+        condition: impl FnMut(&mut Reading) -> bool,
+    ) -> MutexGuard<'_, Reading> {
+        self.0.1.wait_timeout_while(self.lock(), within, condition).unwrap().0
+    }
+
+    /// Waits until the lines so far give an answer.
+    pub fn wait_until<T>(&self, what: &str, mut answer: impl FnMut(&[String]) -> Option<T>) -> T {
+        let mut found = None;
+        let reading = self.wait_while(PATIENCE, |reading| {
+            found = answer(&reading.lines);
+            found.is_none() && !reading.ended
+        });
+        drop(reading);
+        found.unwrap_or_else(|| panic!("waited in vain for {what}\n{self:?}"))
+    }
+
+    /// Waits for a line that reads exactly so.
+    pub fn wait_for(&self, line: &str) {
+        self.wait_until(&format!("`{line}`"), |lines| lines.iter().any(|l| l == line).then_some(()));
+    }
+
+    /// Waits until there are so many lines.
+    pub fn wait_for_count(&self, count: usize) {
+        self.wait_until(&format!("{count} lines"), |lines| (lines.len() >= count).then_some(()));
+    }
+
+    pub fn lines(&self) -> Vec<String> {
+        self.lock().lines.clone()
+    }
+
+    pub fn clear(&self) {
+        self.lock().lines.clear();
+    }
+
+    /// All lines, once the program has ended; the last one must be whole.
+    fn to_the_end(&self) -> Vec<String> {
+        let reading = self.wait_while(PATIENCE, |reading| !reading.ended);
+        assert!(reading.ended, "the output outlives the program");
+        assert!(
+            reading.partial.is_empty(),
+            "ends in part of a line: {:?}",
+            String::from_utf8_lossy(&reading.partial)
+        );
+        reading.lines.clone()
+    }
+
+    /// Stops reading (after at most one more chunk), so that the pipe fills up.
+    pub fn pause(&self) {
+        self.lock().paused = true;
+    }
+
+    pub fn resume(&self) {
+        self.lock().paused = false;
+        self.0.1.notify_all();
+    }
+}
+
+impl std::fmt::Debug for Transcript {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let reading = self.lock();
+        let lines = &reading.lines;
+        writeln!(f, "--- {} lines, the last of them:", lines.len())?;
+        for line in &lines[lines.len().saturating_sub(40)..] {
+            writeln!(f, "{}", line.chars().take(200).collect::<String>())?;
+        }
+        writeln!(f, "--- and then: {:?}", String::from_utf8_lossy(&reading.partial))
+    }
+}
+
+/// What the observer printed.
+pub fn observed(lines: &[String]) -> Vec<&str> {
+    lines.iter().filter_map(|line| line.strip_prefix("Observing ")).collect()
+}
+
+/// The three lines of a connection that sent one line.
+pub fn conversation(shown: &str, port: u16) -> [String; 3] {
+    [format!("Received {shown} from 127.0.0.1:{port}"), format!("Send: {shown}"), CLOSE.into()]
+}
+
+// ------------------------------------------------- how a line is to be shown
+
+/// A received line as `Received` and `Send` show it: as text, without its ending, escaped.
+pub fn shown(line: &[u8]) -> String {
+    let line = match line.strip_suffix(b"\n") {
+        Some(line) => line.strip_suffix(b"\r").unwrap_or(line),
+        None => line,
+    };
+    escaped(&String::from_utf8_lossy(line))
+}
+
+/// A received line as `Observing` shows it: as text, stripped, escaped.
+pub fn shown_stripped(line: &[u8]) -> String {
+    escaped(String::from_utf8_lossy(line).trim())
+}
+
+fn escaped(text: &str) -> String {
+    let one = |c: char| if is_hostile(c) { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(one).collect()
+}
+
+/// Whether a terminal could take this for a command, a line's end or a change of direction.
+pub fn is_hostile(c: char) -> bool {
+    let bidi =
+        matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    c.is_control() || bidi || matches!(c, '\u{2028}' | '\u{2029}')
+}
+
+// ----------------------------------------------------------------- a client
+
+/// A client's end of a connection.
+pub struct Client(pub TcpStream);
+
+impl Client {
+    pub fn connect(address: SocketAddr) -> Self {
+        Self::of(TcpStream::connect(address).unwrap_or_else(|e| panic!("connect to {address}: {e}")))
+    }
+
+    /// A client that can take a few kilobytes only before it has read them.
+    pub fn with_small_window(address: SocketAddr) -> Self {
+        let socket =
+            rustix::net::socket(AddressFamily::INET, SocketType::STREAM, Some(ipproto::TCP)).unwrap();
+        sockopt::set_socket_recv_buffer_size(&socket, 4096).unwrap();
+        rustix::net::connect(&socket, &address).unwrap();
+        Self::of(TcpStream::from(socket))
+    }
+
+    fn of(socket: TcpStream) -> Self {
+        socket.set_nodelay(true).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_write_timeout(Some(PATIENCE)).unwrap();
+        Self(socket)
+    }
+
+    pub fn port(&self) -> u16 {
+        self.0.local_addr().unwrap().port()
+    }
+
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.0.write_all(bytes.as_ref()).expect("the server takes what is sent");
+    }
+
+    /// Sends nothing more.
+    pub fn finish(&self) {
+        match self.0.shutdown(Shutdown::Write) {
+            // The server may have closed already, a whole line is all it wants.
+            Err(e) if e.kind() != ErrorKind::NotConnected => panic!("shutdown: {e}"),
+            _ => {}
+        }
+    }
+
+    /// The next bytes must be these.
+    pub fn expect(&mut self, bytes: impl AsRef<[u8]>) {
+        let mut got = vec![0; bytes.as_ref().len()];
+        self.0.read_exact(&mut got).expect("the server echoes");
+        assert_eq!(String::from_utf8_lossy(&got), String::from_utf8_lossy(bytes.as_ref()));
+    }
+
+    /// Everything until the server closes the connection in good order.
+    pub fn rest(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.0.read_to_end(&mut bytes).expect("the server closes the connection in good order");
+        bytes
+    }
+
+    /// Everything until the connection ends in any way.
+    pub fn until_closed(&mut self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        match self.0.read_to_end(&mut bytes) {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                panic!("the connection is still open after {PATIENCE:?}")
+            }
+            _ => bytes,
+        }
+    }
+
+    /// Whether nothing comes, not even the connection's end, for so long.
+    pub fn hears_nothing_for(&mut self, time: Duration) -> bool {
+        self.0.set_read_timeout(Some(time)).unwrap();
+        let silent = self.0.peek(&mut [0]).is_err_and(|e| e.kind() == ErrorKind::WouldBlock);
+        self.0.set_read_timeout(Some(PATIENCE)).unwrap();
+        silent
+    }
+
+    /// Ends the connection with a reset.
+    pub fn reset(self) {
+        sockopt::set_socket_linger(&self.0, Some(Duration::ZERO)).unwrap();
+    }
+}
+
+/// A client that sends numbered lines as fast as they are taken, and checks the echo of every one.
+pub struct Flood {
+    socket: TcpStream,
+    pub port: u16,
+    reads: bool,
+    /// Lines begun.
+    pub lines: usize,
+    /// What is left of the line begun last.
+    unsent: Vec<u8>,
+    /// Lines whose echo has come.
+    pub echoed: usize,
+    unchecked: Vec<u8>,
+    pub ended: bool,
+}
+
+impl Flood {
+    pub fn new(client: Client, reads: bool) -> Self {
+        let port = client.port();
+        client.0.set_nonblocking(true).unwrap();
+        Self {
+            socket: client.0,
+            port,
+            reads,
+            lines: 0,
+            unsent: vec![],
+            echoed: 0,
+            unchecked: vec![],
+            ended: false,
+        }
+    }
+
+    /// What the line of this number says.
+    pub fn line(&self, number: usize) -> String {
+        format!("line {number} of {} {}", self.port, "x".repeat(80))
+    }
+
+    /// Sends and receives what goes without waiting; answers whether anything went.
+    pub fn pump(&mut self, begin_lines: bool) -> bool {
+        let sent = self.pump_out(begin_lines);
+        let received = self.reads && self.pump_in();
+        sent || received
+    }
+
+    fn pump_out(&mut self, begin_lines: bool) -> bool {
+        if self.unsent.is_empty() && begin_lines {
+            self.unsent = (self.line(self.lines) + "\n").into();
+            self.lines += 1;
+        }
+        if self.ended || self.unsent.is_empty() {
+            return false;
+        }
+        let written = self.socket.write(&self.unsent);
+        let length = self.went(written);
+        self.unsent.drain(..length);
+        length > 0
+    }
+
+    fn pump_in(&mut self) -> bool {
+        let mut chunk = [0; 16384];
+        let read = self.socket.read(&mut chunk);
+        let end = matches!(read, Ok(0));
+        let length = self.went(read);
+        self.ended |= end;
+        self.unchecked.extend(&chunk[..length]);
+        while let Some(end) = self.unchecked.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = self.unchecked.drain(..=end).collect();
+            assert_eq!(String::from_utf8_lossy(&line), self.line(self.echoed) + "\n");
+            self.echoed += 1;
+        }
+        length > 0
+    }
+
+    /// How many bytes went; any error but "not now" ends the flood.
+    fn went(&mut self, result: io::Result<usize>) -> usize {
+        result.unwrap_or_else(|e| {
+            self.ended |= e.kind() != ErrorKind::WouldBlock;
+            0
+        })
+    }
+
+    /// Sends and receives until every flood is at a standstill for so long.
+    pub fn pump_until_stalled(floods: &mut [Self], standstill: Duration) {
+        let start = Instant::now();
+        let mut last = start;
+        while last.elapsed() < standstill {
+            let moved = floods.iter_mut().filter_map(|flood| flood.pump(true).then_some(())).count();
+            if moved > 0 {
+                last = Instant::now();
+            } else {
+                thread::sleep(ms(5));
+            }
+            assert!(start.elapsed() < PATIENCE, "nothing ever slows the clients down");
+        }
+    }
+
+    /// Completes the line begun last, ends the sending side, and takes the echo of all.
+    pub fn complete(floods: &mut [Self]) {
+        let start = Instant::now();
+        let mut half_closed = vec![false; floods.len()];
+        while !floods.iter().all(|flood| flood.ended) {
+            let mut any = false;
+            for (flood, half_closed) in floods.iter_mut().zip(&mut half_closed) {
+                any |= flood.pump(false);
+                if flood.unsent.is_empty() && !*half_closed && !flood.ended {
+                    flood.socket.shutdown(Shutdown::Write).unwrap();
+                    *half_closed = true;
+                }
+            }
+            if !any {
+                thread::sleep(ms(1));
+            }
+            assert!(start.elapsed() < PATIENCE, "the floods do not come to an end");
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What the original experiment did, with its two options only: the Python baseline passes these as well
+//! (`SMOLRX_BIN=path/to/its/wrapper cargo test --test experiment`).
+
+mod common;
+
+use common::*;
+use rustix::process::Signal;
+use std::time::Instant;
+
+/// It says where it serves, and serves there.
+#[test]
+fn serves_where_it_says() {
+    let server = Server::start(&CALM);
+    assert_ne!(server.address.port(), 0);
+    server.echo("foo\n");
+}
+
+/// What comes back is what was sent, blanks, accents and line ending included.
+#[test]
+fn echoes_byte_for_byte() {
+    let server = Server::start(&CALM);
+    for line in ["foo\n", "  foo bar \t \n", "naïve ✓ 🦀\n", "foo\r\n"] {
+        server.echo(line);
+    }
+}
+
+/// A whole line is answered and the connection closed, though the client would go on sending.
+#[test]
+fn closes_the_connection_by_itself() {
+    let server = Server::start(&CALM);
+    let mut client = server.connect();
+    client.send("foo\n");
+    assert_eq!(client.rest(), b"foo\n");
+}
+
+/// A last line without a newline counts once the client has ended its sending side.
+#[test]
+fn last_line_without_newline_counts() {
+    let mut server = Server::start(&CALM);
+    let port = server.echo("foo");
+    let exit = server.stop();
+    assert_eq!(exit.stdout[1..4], conversation("foo", port));
+    assert_eq!(observed(&exit.stdout), ["foo"]);
+}
+
+/// A connection leaves three lines, in this order.
+#[test]
+fn prints_three_lines_for_a_connection() {
+    let server = Server::start(&CALM);
+    let port = server.echo("foo\n");
+    server.stdout.wait_for(CLOSE);
+    assert_eq!(server.stdout.lines()[1..], conversation("foo", port));
+}
+
+/// A received line is observed, stripped, when nothing else has come for a tenth of the interval.
+#[test]
+fn observes_a_line_after_the_debounce() {
+    let server = Server::start(&["--interval", "4000"]);
+    // Now it is a long time to the clock's next tick, which would take the line's place.
+    server.stdout.wait_for("Observing 0");
+    let sent = Instant::now();
+    server.echo("  foo\t \n");
+    server.stdout.wait_for("Observing foo");
+    assert!(sent.elapsed() >= ms(395), "after {:?}", sent.elapsed());
+}
+
+/// The clock counts from 0, at once and then every interval, and each tick is observed after the debounce.
+#[test]
+fn clock_ticks() {
+    let started = Instant::now();
+    let server = Server::start(&["--interval", "700"]);
+    server.stdout.wait_for("Observing 2");
+    let elapsed = started.elapsed();
+    assert_eq!(server.stdout.lines()[1..], ["Observing 0", "Observing 1", "Observing 2"]);
+    assert!(elapsed >= ms(2 * 700 + 65), "after {elapsed:?}");
+}
+
+/// Of lines in quick succession only the last is observed.
+#[test]
+fn burst_is_debounced_to_its_last() {
+    let server = Server::start(&["--interval", "15000"]);
+    server.stdout.wait_for("Observing 0");
+    for line in ["a\n", "b\n", "c\n", "d\n", "e\n"] {
+        server.echo(line);
+    }
+    server.stdout.wait_for("Observing e");
+    assert_eq!(observed(&server.stdout.lines()), ["0", "e"]);
+}
+
+/// SIGTERM and SIGINT flush what is pending, and the exit code is 0.
+#[test]
+fn signals_flush_the_pending_value() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut server = Server::start(&CALM);
+        let port = server.echo("foo\n");
+        server.signal(signal);
+        let exit = server.exited(PATIENCE);
+        assert_eq!(exit.code, Some(0), "{exit:?}");
+        let [received, send, close] = conversation("foo", port);
+        assert_eq!(exit.stdout[1..], [received, send, close, "Observing foo".into()]);
+    }
+}
+
+/// When nobody has sent anything, the clock's first tick is what is pending.
+#[test]
+fn signal_flushes_the_clock() {
+    let mut server = Server::start(&CALM);
+    assert_eq!(server.stop().stdout[1..], ["Observing 0"]);
+}

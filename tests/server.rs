@@ -1,0 +1,840 @@
+//! Every point of what the server does and of what bad input gets, on the real binary over real sockets.
+
+mod common;
+
+use common::*;
+use rustix::process::{Resource, Signal, getrlimit, setrlimit};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+use std::net::{SocketAddr, TcpListener};
+use std::process::Stdio;
+use std::thread;
+use std::time::Instant;
+
+/// These options, and a clock that keeps out of the way.
+fn calm<'a>(options: &[&'a str]) -> Vec<&'a str> {
+    [&CALM, options].concat()
+}
+
+// ------------------------------------------------------------------ it listens
+
+/// `--bind` takes an IPv4 address, and the first line names the port that was really got.
+#[test]
+fn binds_to_an_ipv4_address() {
+    let server = Server::start(&calm(&["--bind", "127.0.0.1"]));
+    assert_eq!(server.address.ip().to_string(), "127.0.0.1");
+    assert_ne!(server.address.port(), 0);
+    server.echo("foo\n");
+}
+
+/// Without `--bind` it listens on every IPv4 address.
+#[test]
+fn binds_to_every_ipv4_address_by_default() {
+    assert_eq!(Server::start(&CALM).address.ip().to_string(), "0.0.0.0");
+}
+
+/// `--bind` takes an IPv6 address.
+#[test]
+fn binds_to_an_ipv6_address() {
+    let server = Server::start(&calm(&["--bind", "::1"]));
+    let port = server.echo("foo\n");
+    server.stdout.wait_for(&format!("Received foo from [::1]:{port}"));
+    assert_eq!(server.stdout.lines()[0], format!("Serving on [::1]:{}", server.address.port()));
+}
+
+/// `--bind ::` serves both families.
+#[test]
+fn bind_to_any_ipv6_address_serves_both_families() {
+    let server = Server::start(&calm(&["--bind", "::"]));
+    for address in ["127.0.0.1", "::1"] {
+        let mut client = Client::connect(SocketAddr::new(address.parse().unwrap(), server.address.port()));
+        client.send("foo\n");
+        assert_eq!(client.rest(), b"foo\n");
+    }
+}
+
+/// A port that is taken gets one sentence on stderr, and exit code 1.
+#[test]
+fn port_in_use_is_one_sentence() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let exit = run(&["--bind", "127.0.0.1", "--tcp-port", &port]);
+    cannot_listen(&exit, &format!("127.0.0.1:{port}"));
+}
+
+/// So does an address that is not this machine's.
+#[test]
+fn foreign_address_is_one_sentence() {
+    let exit = run(&["--bind", "192.0.2.1", "--tcp-port", "8888"]);
+    cannot_listen(&exit, "192.0.2.1:8888");
+}
+
+#[track_caller]
+fn cannot_listen(exit: &Exit, address: &str) {
+    assert_eq!(exit.code, Some(1), "{exit:?}");
+    assert!(exit.stdout.is_empty(), "{exit:?}");
+    assert_eq!(exit.stderr.len(), 1, "{exit:?}");
+    let start = format!("smolrx: cannot listen on {address}: ");
+    let reason = exit.stderr[0].strip_prefix(&start).unwrap_or_else(|| panic!("no `{start}`: {exit:?}"));
+    assert!(!reason.is_empty());
+}
+
+// ---------------------------------------------------------------- its options
+
+const OPTIONS: [(&str, &str); 9] = [
+    ("--tcp-port", "8888"),
+    ("--interval", "60000"),
+    ("--bind", "0.0.0.0"),
+    ("--keep-open", ""),
+    ("--max-conns", "1024"),
+    ("--max-line", "65536"),
+    ("--timeout", "60000"),
+    ("--quiet", ""),
+    ("--health", ""),
+];
+
+/// `-h` and `--help` print every option with its default, in the order of the table.
+#[test]
+fn help_lists_every_option_in_order() {
+    for option in ["-h", "--help"] {
+        let exit = run(&[option]);
+        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
+        let mut rest = &exit.stdout[..];
+        for (name, default) in OPTIONS {
+            // A line that begins with the option; a usage line above may name it too.
+            let is_its_line = |line: &String| {
+                let line = line.trim_start();
+                let line = line.strip_prefix("-q, ").unwrap_or(line);
+                line.starts_with(name)
+            };
+            let at = rest
+                .iter()
+                .position(is_its_line)
+                .unwrap_or_else(|| panic!("{name} is not in its place: {exit:#?}"));
+            let end = (at + 3).min(rest.len());
+            assert!(
+                rest[at..end].join(" ").contains(default),
+                "{name} without its default {default}: {exit:#?}"
+            );
+            rest = &rest[at + 1..];
+        }
+        for short in ["-q", "-h", "-V"] {
+            assert!(
+                exit.stdout.iter().any(|line| line.contains(short)),
+                "{short} is not in the help: {exit:#?}"
+            );
+        }
+        assert!(
+            exit.stdout.iter().all(|line| line.chars().count() <= 80),
+            "wider than a terminal: {exit:#?}"
+        );
+    }
+}
+
+/// `-V` and `--version` print the version.
+#[test]
+fn version() {
+    for option in ["-V", "--version"] {
+        let exit = run(&[option]);
+        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
+        assert_eq!(exit.stdout, [concat!("smolrx ", env!("CARGO_PKG_VERSION"))]);
+    }
+}
+
+/// Values are taken as `--name VALUE` and as `--name=VALUE`.
+#[test]
+fn values_follow_a_blank_or_an_equals_sign() {
+    let blanks =
+        ["--bind", "127.0.0.1", "--interval", "10", "--max-conns", "1", "--max-line", "9", "--timeout", "99"];
+    let equals = ["--bind=127.0.0.1", "--interval=10", "--max-conns=1", "--max-line=9", "--timeout=99"];
+    for options in [&blanks[..], &equals[..]] {
+        let server = Server::start(options);
+        assert_eq!(server.address.ip().to_string(), "127.0.0.1");
+        server.stdout.wait_for("Observing 3");
+        server.echo("12345678\n");
+    }
+    let mut process = Process::spawn(program(&["--tcp-port=0"]));
+    process.stdout.wait_for_count(1);
+    process.stop();
+}
+
+/// Anything else gets one sentence that names the option as typed, a hint at `--help`, and exit code 2.
+#[test]
+fn wrong_options_are_named_as_typed() {
+    let cases: &[(&[&str], &str)] = &[
+        (&["--frobnicate"], "--frobnicate"),
+        (&["--frobnicate=3"], "--frobnicate"),
+        (&["-x"], "-x"),
+        (&["foo"], "foo"),
+        (&["--keep-open", "8888"], "8888"),
+        (&["--keep-open=yes"], "--keep-open"),
+        (&["--quiet=1"], "--quiet"),
+        (&["--tcp-port"], "--tcp-port"),
+        (&["--interval"], "--interval"),
+        (&["--tcp-port", "http"], "--tcp-port"),
+        (&["--tcp-port", "-1"], "--tcp-port"),
+        (&["--tcp-port", "65536"], "--tcp-port"),
+        (&["--tcp-port=65536"], "--tcp-port"),
+        (&["--tcp-port", ""], "--tcp-port"),
+        (&["--tcp-port="], "--tcp-port"),
+        (&["--interval", "9"], "--interval"),
+        (&["--interval=9"], "--interval"),
+        (&["--interval", "1.5"], "--interval"),
+        (&["--interval", "99999999999999999999999999"], "--interval"),
+        (&["--bind", "localhost"], "--bind"),
+        (&["--bind", "1.2.3"], "--bind"),
+        (&["--max-conns", "0"], "--max-conns"),
+        (&["--max-conns", "many"], "--max-conns"),
+        (&["--max-line", "-5"], "--max-line"),
+        (&["--timeout", "soon"], "--timeout"),
+        (&["--tcp-port", "0", "--Interval", "50"], "--Interval"),
+    ];
+    for (options, name) in cases {
+        let exit = run(options);
+        assert_eq!(exit.code, Some(2), "{options:?}: {exit:?}");
+        assert!(exit.stdout.is_empty(), "{options:?}: {exit:?}");
+        assert!((1..=2).contains(&exit.stderr.len()), "{options:?}: {exit:?}");
+        assert!(exit.stderr[0].starts_with("smolrx: "), "{options:?}: {exit:?}");
+        assert!(exit.stderr[0].contains(name), "{options:?}: {exit:?}");
+        assert!(exit.stderr.join(" ").contains("--help"), "{options:?}: {exit:?}");
+    }
+}
+
+/// Values at the ends of their range are taken, even the largest number there is.
+#[test]
+fn values_at_the_ends_of_their_range() {
+    let largest = u64::MAX.to_string();
+    for options in [["--interval", "10"], ["--max-conns", "1"], ["--timeout", "4294967295"]] {
+        Server::start(&options).echo("foo\n");
+    }
+    for name in ["--interval", "--max-conns", "--max-line", "--timeout"] {
+        // Whether it serves or says that this is too much: it must not fall over.
+        let mut process = Process::spawn(program(&["--tcp-port", "0", name, &largest]));
+        eventually(PATIENCE, "it serves or refuses", || {
+            !process.stdout.lines().is_empty() || !process.is_running()
+        });
+        if process.is_running() {
+            assert!(process.stdout.lines()[0].starts_with("Serving on "));
+            thread::sleep(ms(50)); // long enough for a sum that overflows
+            assert!(process.is_running(), "{name} {largest}: {:?}", process.exited(PATIENCE));
+            process.stop();
+        } else {
+            let exit = process.exited(PATIENCE);
+            assert_eq!(exit.code, Some(2), "{name} {largest}: {exit:?}");
+        }
+    }
+}
+
+/// An option that is not even text is refused like any other.
+#[test]
+fn option_that_is_not_utf8_is_refused() {
+    use std::os::unix::ffi::OsStrExt;
+    for options in [[&b"--bind"[..], b"\xff"], [b"--tcp-port", b"0\xff"], [b"--quiet", b"-\xff\x1b"]] {
+        let mut command = program(&[]);
+        command.args(options.map(std::ffi::OsStr::from_bytes));
+        let exit = Process::spawn(command).exited(PATIENCE);
+        assert_eq!(exit.code, Some(2), "{exit:?}");
+    }
+}
+
+// ---------------------------------------------------------- each connection
+
+/// Without `--keep-open` a connection is one line, whatever else came with it.
+#[test]
+fn one_line_a_connection() {
+    let mut server = Server::start(&CALM);
+    let mut client = server.connect();
+    client.send("foo\nbar\nbaz");
+    assert_eq!(client.until_closed(), b"foo\n");
+    let exit = server.stop();
+    assert_eq!(exit.stdout[1..4], conversation("foo", client.port()));
+    assert_eq!(observed(&exit.stdout), ["foo"]);
+}
+
+/// A connection that sends nothing and closes is no event, and prints nothing.
+#[test]
+fn nothing_sent_is_no_event() {
+    for options in [&calm(&[])[..], &calm(&["--keep-open"])] {
+        let mut server = Server::start(options);
+        let mut silent = server.connect();
+        silent.finish();
+        assert_eq!(silent.rest(), b"");
+        let port = server.echo("foo\n");
+        assert_eq!(server.stop().stdout[1..4], conversation("foo", port));
+    }
+}
+
+/// An empty line is an event.
+#[test]
+fn empty_line_is_an_event() {
+    for line in ["\n", "\r\n"] {
+        let mut server = Server::start(&CALM);
+        let port = server.echo(line);
+        let exit = server.stop();
+        assert_eq!(exit.stdout[1..4], conversation("", port));
+        assert_eq!(exit.stdout[4], "Observing ");
+    }
+}
+
+/// `\r\n` ends a line just as `\n` does, and is echoed.
+#[test]
+fn crlf_ends_a_line() {
+    let mut server = Server::start(&CALM);
+    let port = server.echo("foo\r\n");
+    let exit = server.stop();
+    assert_eq!(exit.stdout[1..4], conversation("foo", port));
+    assert_eq!(exit.stdout[4], "Observing foo");
+}
+
+/// Received and sent lines are shown with their blanks, observed ones without.
+#[test]
+fn only_the_observer_strips() {
+    let mut server = Server::start(&CALM);
+    let port = server.echo("  foo bar  \n");
+    let exit = server.stop();
+    assert_eq!(exit.stdout[1..4], conversation("  foo bar  ", port));
+    assert_eq!(exit.stdout[4], "Observing foo bar");
+}
+
+/// A line may come byte by byte.
+#[test]
+fn line_in_pieces_is_one_line() {
+    let mut server = Server::start(&CALM);
+    let mut client = server.connect();
+    for byte in "héllo\r\n".bytes() {
+        client.send([byte]);
+        thread::sleep(ms(2));
+    }
+    assert_eq!(client.rest(), "héllo\r\n".as_bytes());
+    assert_eq!(server.stop().stdout[1..4], conversation("héllo", client.port()));
+}
+
+/// With `--keep-open` every line is answered at once, and the close is printed once, at the end.
+#[test]
+fn keep_open_serves_every_line() {
+    let server = Server::start(&calm(&["--keep-open"]));
+    let mut client = server.connect();
+    let mut expected = vec![];
+    for line in ["one", "two", "", "three"] {
+        client.send(format!("{line}\n"));
+        client.expect(format!("{line}\n"));
+        expected.extend_from_slice(&conversation(line, client.port())[..2]);
+    }
+    client.send("four");
+    client.finish();
+    assert_eq!(client.rest(), b"four");
+    expected.extend(conversation("four", client.port()));
+    server.stdout.wait_for(CLOSE);
+    assert_eq!(server.stdout.lines()[1..], expected);
+}
+
+/// Pipelined lines come back in order.
+#[test]
+fn keep_open_answers_pipelined_lines_in_order() {
+    let mut server = Server::start(&calm(&["--keep-open"]));
+    let lines: Vec<String> = (0..2000).map(|i| format!("line {i}")).collect();
+    let text = lines.join("\n");
+    let mut client = server.connect();
+    client.send(&text);
+    client.finish();
+    assert_eq!(String::from_utf8(client.rest()).unwrap(), text);
+    let exit = server.stop();
+    let mut expected: Vec<String> =
+        lines.iter().flat_map(|line| conversation(line, client.port())[..2].to_vec()).collect();
+    expected.extend([CLOSE.into(), "Observing line 1999".into()]);
+    assert_eq!(exit.stdout[1..], expected);
+}
+
+/// A connection is over when its line is answered, though the client leaves its own side open:
+/// nothing is held for it any more, however its bytes came.
+#[test]
+fn connection_ends_though_the_client_stays() {
+    let line = b"abcdefg\n";
+    for border in 1..line.len() {
+        let server = Server::start(&CALM);
+        let before = server.descriptors();
+        let mut client = server.connect();
+        client.send(&line[..border]);
+        server_has_taken(&client);
+        client.send(&line[border..]);
+        assert_eq!(client.rest(), line);
+        let what = format!("the connection is over, its line sent in parts of {border} and the rest");
+        eventually(ms(3000), &what, || server.descriptors() == before && server.stdout.lines().len() == 4);
+    }
+}
+
+/// A flood of lines does not hold up the clock, nor the clock the lines.
+#[test]
+fn flood_does_not_hold_up_the_clock() {
+    let mut server = Server::start(&["--interval", "50", "--keep-open"]);
+    let mut client = server.connect();
+    let lines = "flood\n".repeat(300);
+    let start = Instant::now();
+    while start.elapsed() < ms(1500) {
+        client.send(&lines);
+        client.expect(&lines);
+        thread::sleep(ms(1));
+    }
+    let due = start.elapsed().as_millis() as u64 / 50;
+    let from = server.stdout.lines().len();
+    let tick = server.stdout.wait_until("a tick after the flood", |lines| {
+        observed(&lines[from..]).iter().find_map(|event| event.parse::<u64>().ok())
+    });
+    assert!(tick >= due / 2, "the clock came to {tick} while {due} were due");
+    server.stop();
+}
+
+/// `-q` and `--quiet` print only what is observed.
+#[test]
+fn quiet_prints_only_what_is_observed() {
+    for option in ["-q", "--quiet"] {
+        let mut process = Process::spawn(program(&calm(&["--bind", "127.0.0.1", "--tcp-port", "0", option])));
+        let mut client = Client::connect(SocketAddr::new([127, 0, 0, 1].into(), process.listening_port()));
+        client.send("foo\n");
+        assert_eq!(client.rest(), b"foo\n");
+        assert_eq!(process.stop().stdout, ["Observing foo"]);
+    }
+}
+
+/// A thousand clients at once each get exactly their own bytes, and the transcript accounts for every line.
+#[test]
+fn thousand_clients_at_once() {
+    let hard = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, rustix::process::Rlimit { current: hard, maximum: hard }).unwrap();
+    for options in [&calm(&[])[..], &calm(&["--keep-open"])] {
+        let mut server = Server::start(options);
+        let mut clients: Vec<(Client, String)> =
+            (0..1000).map(|i| (server.connect(), format!("client {i} {}", "z".repeat(i + 1)))).collect();
+        for (client, line) in &mut clients {
+            client.send(&*line);
+        }
+        for (client, _) in clients.iter_mut().rev() {
+            client.send("\n");
+            client.finish();
+        }
+        for (client, line) in &mut clients {
+            assert_eq!(String::from_utf8(client.rest()).unwrap(), format!("{line}\n"));
+        }
+        let exit = server.stop();
+        assert_eq!(exit.stderr, [""; 0]);
+        let mut got = exit.stdout[1..exit.stdout.len() - 1].to_vec();
+        let mut expected: Vec<String> =
+            clients.iter().flat_map(|(client, line)| conversation(line, client.port())).collect();
+        got.sort();
+        expected.sort();
+        assert!(got == expected, "the transcript differs from what was sent: {:?}", server.stdout);
+        let last = observed(&exit.stdout);
+        assert!(last.len() == 1 && clients.iter().any(|(_, line)| line == last[0]), "{last:?}");
+    }
+}
+
+// ----------------------------------------------------------------- bad input
+
+/// Control characters and bytes that are not UTF-8 are echoed as they came, and shown so that they can do no harm.
+#[test]
+fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
+    let cases: &[(&[u8], &str)] = &[
+        (b"\x1b[2J\x1b]0;owned\x07", r"\u{1b}[2J\u{1b}]0;owned\u{7}"),
+        (b"foo\rbar", r"foo\rbar"),
+        (b"foo\r\rbar\r", r"foo\r\rbar"), // the last \r and the newline are the ending
+        (b"foo\0bar", r"foo\u{0}bar"),
+        (b"a\tb", r"a\tb"),
+        (b"a\x0bb\x0cc\x7fd", r"a\u{b}b\u{c}c\u{7f}d"),
+        ("csi \u{9b}31m nel \u{85}x".as_bytes(), r"csi \u{9b}31m nel \u{85}x"),
+        ("a\u{202e}b\u{2066}c\u{2069}d\u{200f}e".as_bytes(), r"a\u{202e}b\u{2066}c\u{2069}d\u{200f}e"),
+        ("a\u{2028}b\u{2029}c".as_bytes(), r"a\u{2028}b\u{2029}c"),
+        (br"C:\new \u{1b}", r"C:\new \u{1b}"),
+        (b"caf\xe9", "caf\u{fffd}"),
+        (b"\xff\xfe\xf0\x9f\x92x", "\u{fffd}\u{fffd}\u{fffd}x"),
+        (b"\xed\xa0\x80 \xc0\xaf", "\u{fffd}\u{fffd}\u{fffd} \u{fffd}\u{fffd}"),
+        ("naïve ✓ 🦀 עברית".as_bytes(), "naïve ✓ 🦀 עברית"),
+    ];
+    for (text, on_screen) in cases {
+        let line = [text, &b"\n"[..]].concat();
+        assert_eq!(shown(&line), *on_screen, "the tests' own model");
+        let mut server = Server::start(&CALM);
+        let port = server.echo(&line);
+        let exit = server.stop();
+        assert_eq!(exit.stdout[1..4], conversation(on_screen, port));
+        assert_eq!(exit.stdout[4..], [format!("Observing {on_screen}")]);
+        assert!(!exit.stdout.iter().any(|line| line.contains(is_hostile)), "{exit:?}");
+    }
+}
+
+/// Blanks at the ends of a line are no part of what is observed, be they control characters or not.
+#[test]
+fn observer_strips_before_it_escapes() {
+    let mut server = Server::start(&CALM);
+    let port = server.echo("\t\u{a0}foo\rbar \u{3000}\u{2028}\r\r\n");
+    let exit = server.stop();
+    assert_eq!(exit.stdout[1..4], conversation("\\t\u{a0}foo\\rbar \u{3000}\\u{2028}\\r", port));
+    assert_eq!(exit.stdout[4..], [r"Observing foo\rbar"]);
+}
+
+/// A line of exactly `--max-line` bytes passes, its ending included, or at the end of a connection without one.
+#[test]
+fn longest_line_passes() {
+    let mut server = Server::start(&calm(&["--max-line", "16"]));
+    let mut ports = vec![];
+    for line in ["123456789012345\n", "12345678901234\r\n", "1234567890123456"] {
+        ports.push((line, server.echo(line)));
+    }
+    let exit = server.stop();
+    for (line, port) in ports {
+        assert!(exit.stdout.contains(&format!("Received {} from 127.0.0.1:{port}", line.trim())), "{exit:?}");
+    }
+    assert_eq!(exit.stderr, [""; 0]);
+}
+
+/// One byte more gets a sentence on stderr, and the connection is closed: no echo, no event.
+#[test]
+fn longer_line_is_refused() {
+    for (over, limit) in [("1234567890123456\n", 16), ("123456789012345\r\n", 16), ("12345678901234567", 16)]
+    {
+        for options in [&calm(&["--max-line", "16"])[..], &calm(&["--max-line", "16", "--keep-open"])] {
+            let mut server = Server::start(options);
+            let mut client = server.connect();
+            client.send(over); // and does not end its sending side
+            assert_eq!(client.until_closed(), b"");
+            let sentence =
+                format!("smolrx: line from 127.0.0.1:{} is longer than {limit} bytes", client.port());
+            server.stderr.wait_for(&sentence);
+            let exit = server.stop();
+            assert_eq!(exit.stderr, [sentence]);
+            assert!(!exit.stdout.iter().any(|line| line.starts_with("Received") || line.starts_with("Send")));
+            assert_eq!(observed(&exit.stdout), ["0"]);
+        }
+    }
+}
+
+/// The limit is 65536 bytes when none is given, and a client that ignores it does not make memory grow.
+#[test]
+fn endless_line_is_cut_at_the_limit() {
+    let mut server = Server::start(&calm(&["--keep-open"]));
+    server.echo("z".repeat(65535) + "\n");
+    let before = server.resident_kb();
+    let mut client = server.connect();
+    let endless = vec![b'x'; 1 << 20];
+    use std::io::Write;
+    let mut sent = 0;
+    while let Ok(length) = client.0.write(&endless) {
+        sent += length;
+        assert!(sent < 256 << 20, "nobody stops an endless line");
+    }
+    client.until_closed();
+    let sentence = format!("smolrx: line from 127.0.0.1:{} is longer than 65536 bytes", client.port());
+    server.stderr.wait_for(&sentence);
+    let grown = server.resident_kb().saturating_sub(before);
+    assert!(grown <= 256, "{grown} kB more");
+    assert_eq!(server.stop().stderr, [sentence]);
+}
+
+/// With `--keep-open` the lines before the one that is too long are served.
+#[test]
+fn lines_before_a_longer_one_are_served() {
+    let mut server = Server::start(&calm(&["--keep-open", "--max-line", "16"]));
+    let mut client = server.connect();
+    client.send("one\ntwo\n");
+    client.expect("one\ntwo\n");
+    client.send("three\n12345678901234567890\nfour\n");
+    client.until_closed();
+    server.stderr.wait_for_count(1);
+    let exit = server.stop();
+    let received: Vec<&String> = exit.stdout.iter().filter(|line| line.starts_with("Received")).collect();
+    assert_eq!(received.len(), 3, "{exit:?}");
+    assert_eq!(observed(&exit.stdout), ["three"]);
+}
+
+// ------------------------------------------------------------------ timeouts
+
+/// A connection that sends nothing is closed after `--timeout`, and leaves nothing in the transcript.
+#[test]
+fn idle_connection_is_closed() {
+    for options in [&calm(&["--timeout", "300"])[..], &calm(&["--timeout", "300", "--keep-open"])] {
+        let mut server = Server::start(options);
+        let connected = Instant::now();
+        let mut client = server.connect();
+        assert_eq!(client.until_closed(), b"");
+        assert!(connected.elapsed() >= ms(295), "after {:?}", connected.elapsed());
+        let port = server.echo("foo\n");
+        assert_eq!(server.stop().stdout[1..4], conversation("foo", port));
+    }
+}
+
+/// One that stops in the middle of a line is closed as well: part of a line is no event.
+#[test]
+fn connection_that_stops_mid_line_is_closed() {
+    let mut server = Server::start(&calm(&["--timeout", "300", "--keep-open"]));
+    let mut client = server.connect();
+    client.send("foo\n");
+    client.expect("foo\n");
+    let sent = Instant::now();
+    client.send("half a li");
+    assert_eq!(client.until_closed(), b"");
+    assert!(sent.elapsed() >= ms(295), "after {:?}", sent.elapsed());
+    let exit = server.stop();
+    assert!(!exit.stdout.iter().any(|line| line.contains("half")), "{exit:?}");
+    assert_eq!(observed(&exit.stdout), ["foo"]);
+}
+
+/// A client that does not take its echo is let go, and what it sent is observed all the same.
+#[test]
+fn connection_that_does_not_take_its_echo_is_closed() {
+    let mut server = Server::start(&calm(&["--timeout", "500", "--max-line", "20000000"]));
+    server.echo("foo\n");
+    let before = server.descriptors();
+    let mut client = Client::with_small_window(server.loopback());
+    let line = format!("{}{}\n", "start", "x".repeat(12_000_000)); // more than the kernel's buffers hold
+    client.send(&line);
+    eventually(PATIENCE, "its descriptor is open no more", || server.descriptors() == before);
+    let exit = server.stop();
+    assert!(exit.stdout.last().unwrap().starts_with("Observing startxxx"), "not observed");
+}
+
+/// A client that is slow but goes on is not cut off, however long its line takes.
+#[test]
+fn slow_connection_is_not_closed() {
+    let server = Server::start(&calm(&["--timeout", "1500"]));
+    let mut client = server.connect();
+    for _ in 0..10 {
+        client.send("x");
+        thread::sleep(ms(200));
+    }
+    client.send("\n");
+    assert_eq!(client.rest(), b"xxxxxxxxxx\n");
+}
+
+// --------------------------------------------------------------- --max-conns
+
+/// Beyond `--max-conns` a connection waits until another one ends, and is then served.
+#[test]
+fn connection_beyond_the_limit_waits() {
+    let server = Server::start(&calm(&["--max-conns", "2", "--keep-open"]));
+    let (mut one, mut two) = (server.connect(), server.connect());
+    for client in [&mut one, &mut two] {
+        client.send("here\n");
+        client.expect("here\n");
+    }
+    let mut three = server.connect();
+    three.send("waiting\n");
+    assert!(three.hears_nothing_for(ms(300)));
+    drop(one);
+    three.expect("waiting\n");
+    two.send("still here\n");
+    two.expect("still here\n");
+}
+
+// ------------------------------------------------------------------ --health
+
+fn health(options: &[&str], port: u16) -> Exit {
+    let port = port.to_string();
+    run(&[options, &["--health", "--tcp-port", &port]].concat())
+}
+
+/// `--health` answers 0 for a server that serves, on whatever it is bound to, and leaves no trace there.
+#[test]
+fn health_of_a_live_server() {
+    for bind in ["0.0.0.0", "127.0.0.1", "::", "::1"] {
+        for options in [&calm(&["--bind", bind])[..], &calm(&["--bind", bind, "--keep-open"])] {
+            let mut server = Server::start(options);
+            let exit = health(&["--bind", bind], server.address.port());
+            assert_eq!(exit.code, Some(0), "{bind}: {exit:?}");
+            let exit = server.stop();
+            assert_eq!(exit.stdout[1..], ["Observing 0"], "{bind}");
+            assert_eq!(exit.stderr, [""; 0], "{bind}");
+        }
+    }
+}
+
+/// It answers 1 when nobody listens.
+#[test]
+fn health_of_nobody() {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let exit = health(&[], free);
+    assert_eq!(exit.code, Some(1), "{exit:?}");
+    unhealthy_in_time(&exit);
+}
+
+/// It answers 1 when the server hangs, although the kernel still accepts connections for it.
+#[test]
+fn health_of_a_hanging_server() {
+    let mut server = Server::start(&CALM);
+    server.signal(Signal::STOP);
+    let exit = health(&[], server.address.port());
+    server.signal(Signal::CONT);
+    assert_eq!(exit.code, Some(1), "{exit:?}");
+    unhealthy_in_time(&exit);
+    let exit = server.stop();
+    assert_eq!(exit.stdout[1..], ["Observing 0"]);
+}
+
+/// Within two seconds; the rest is what a busy machine may take to start and end a process.
+#[track_caller]
+fn unhealthy_in_time(exit: &Exit) {
+    assert!(exit.lifetime < ms(3000), "{exit:?}");
+}
+
+// ------------------------------------------------------------- it stops well
+
+/// Idle connections do not hold up the end; new ones are refused.
+#[test]
+fn stop_closes_idle_connections_at_once() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut server = Server::start(&calm(&["--keep-open"]));
+        let (mut fresh, mut used) = (server.connect(), server.connect());
+        used.send("foo\n");
+        used.expect("foo\n");
+        let signalled = Instant::now();
+        server.signal(signal);
+        assert_eq!(fresh.rest(), b"");
+        assert_eq!(used.rest(), b"");
+        let exit = server.exited(PATIENCE);
+        assert_eq!(exit.code, Some(0), "{exit:?}");
+        assert!(signalled.elapsed() < ms(2500), "after {:?}", signalled.elapsed());
+        assert_eq!(exit.stdout.last().unwrap(), "Observing foo");
+    }
+}
+
+/// A connection in the middle of a line may finish it, though nobody new is let in.
+#[test]
+fn stop_lets_a_line_be_finished() {
+    for (rest, options) in [("ish\n", calm(&[])), ("ish\n", calm(&["--keep-open"])), ("ish", calm(&[]))] {
+        let mut server = Server::start(&options);
+        let mut client = server.connect();
+        client.send("fin");
+        server_has_taken(&client);
+        server.signal(Signal::TERM);
+        server.refuses();
+        client.send(rest);
+        if !rest.ends_with('\n') {
+            client.finish();
+        }
+        assert_eq!(client.rest(), format!("fin{rest}").as_bytes());
+        let signalled = Instant::now();
+        let exit = server.exited(PATIENCE);
+        assert_eq!(exit.code, Some(0), "{exit:?}");
+        assert!(signalled.elapsed() < ms(2500), "after {:?}", signalled.elapsed());
+        assert_eq!(exit.stdout[1..4], conversation("finish", client.port()));
+        assert_eq!(exit.stdout[4..], ["Observing finish"]);
+    }
+}
+
+/// After five seconds it is cut, even if it goes on sending; part of a line is no event.
+#[test]
+fn stop_cuts_a_line_after_five_seconds() {
+    let mut server = Server::start(&CALM);
+    let mut client = server.connect();
+    client.send("never");
+    server_has_taken(&client);
+    let signalled = Instant::now();
+    server.signal(Signal::TERM);
+    use std::io::Write;
+    let trickle = thread::spawn(move || {
+        while client.0.write_all(b"-").is_ok() {
+            thread::sleep(ms(100));
+        }
+    });
+    let exit = server.exited(PATIENCE);
+    let elapsed = signalled.elapsed();
+    assert_eq!(exit.code, Some(0), "{exit:?}");
+    assert!((ms(4900)..ms(6000)).contains(&elapsed), "after {elapsed:?}");
+    assert_eq!(observed(&exit.stdout), ["0"]);
+    assert!(!exit.stdout.iter().any(|line| line.starts_with("Received")), "{exit:?}");
+    trickle.join().unwrap();
+}
+
+/// A second signal ends it immediately, with 128 and the signal's number.
+#[test]
+fn second_signal_ends_it_immediately() {
+    for (first, second, code) in [
+        (Signal::TERM, Signal::TERM, 143),
+        (Signal::INT, Signal::INT, 130),
+        (Signal::TERM, Signal::INT, 130),
+        (Signal::INT, Signal::TERM, 143),
+    ] {
+        let mut server = Server::start(&CALM);
+        let mut client = server.connect();
+        client.send("mid-line");
+        server_has_taken(&client);
+        server.signal(first);
+        server.refuses();
+        let signalled = Instant::now();
+        server.signal(second);
+        let exit = server.exited(PATIENCE);
+        assert_eq!((exit.code, exit.signal), (Some(code), None), "{exit:?}");
+        assert!(signalled.elapsed() < ms(1500), "after {:?}", signalled.elapsed());
+    }
+}
+
+/// Waits until the server has read all that this client has sent.
+fn server_has_taken(client: &Client) {
+    let port = client.port();
+    eventually(PATIENCE, "the server reads what was sent", || {
+        // The server's end of this connection: the client's port is its remote one.
+        let sockets = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        sockets.lines().skip(1).any(|line| {
+            let field: Vec<&str> = line.split_whitespace().collect();
+            let remote = field[2].ends_with(&format!(":{port:04X}"));
+            remote && field[3] == "01" && field[4].ends_with(":00000000") && field[9] != "0"
+        })
+    });
+}
+
+// ------------------------------------------------------------ standard output
+
+/// `smolrx | head -1` ends by itself, without a word.
+#[test]
+fn closed_stdout_ends_it_silently() {
+    let (reader, writer) = io::pipe().unwrap();
+    let mut command = program(&["--tcp-port", "0", "--interval", "300"]);
+    command.stdout(writer);
+    let mut process = Process::spawn_with_stdout(command);
+    let mut first = String::new();
+    BufReader::new(reader).read_line(&mut first).unwrap(); // and drops the reader
+    assert!(first.starts_with("Serving on "));
+    let exit = process.exited(PATIENCE);
+    assert_eq!((exit.code, exit.signal), (Some(0), None), "{exit:?}");
+    assert_eq!(exit.stderr, [""; 0]);
+}
+
+/// A full disk under stdout ends it with a sentence.
+#[test]
+fn full_stdout_ends_it_with_a_sentence() {
+    for options in [["--interval", "300"].as_slice(), &["--interval", "300", "--quiet"]] {
+        let mut command = program(&[&["--tcp-port", "0"], options].concat());
+        command.stdout(Stdio::from(File::options().write(true).open("/dev/full").unwrap()));
+        let exit = Process::spawn_with_stdout(command).exited(PATIENCE);
+        assert!(exit.signal.is_none() && exit.code != Some(101), "{exit:?}");
+        assert_eq!(exit.stderr.len(), 1, "{exit:?}");
+        assert!(exit.stderr[0].starts_with("smolrx: ") && !exit.stderr[0].contains("panicked"), "{exit:?}");
+    }
+}
+
+// ---------------------------------------------------------- what it asks for
+
+/// An idle server, with idle connections or without, does not run at all between two ticks of its clock.
+#[test]
+fn idle_server_does_nothing() {
+    let server = Server::start(&["--interval", "12000", "--keep-open"]);
+    let mut clients: Vec<Client> = (0..3).map(|_| server.connect()).collect();
+    clients[0].send("foo\n");
+    clients[0].expect("foo\n");
+    server.stdout.wait_for("Observing foo");
+    // Whatever the last event started comes to rest...
+    let mut before = server.activity();
+    eventually(ms(3000), "it comes to rest", || {
+        thread::sleep(ms(200));
+        let earlier = std::mem::replace(&mut before, server.activity());
+        earlier == before
+    });
+    // ...and nothing runs any more: a thread that makes a system call has to run for it.
+    thread::sleep(ms(2000));
+    assert_eq!(server.activity(), before);
+}
+
+/// At start the soft limit of descriptors is raised to the hard one.
+#[test]
+fn descriptor_limit_is_raised() {
+    let server = Server::start_after("ulimit -S -n 256; ulimit -H -n 1000", &CALM);
+    assert_eq!(server.descriptor_limits(), ("1000".into(), "1000".into()));
+}
