@@ -1,0 +1,1033 @@
+//! What a connection costs: smolrx measured against a bare epoll loop in C (the kernel's floor)
+//! and against the Python program it replaces.
+//!
+//! ```sh
+//! cargo bench                                        # the table of the README
+//! cargo bench -- --svg docs/cost.svg                 # and its chart
+//! cargo bench -- --quick --only syscalls --verbose   # one measure, a tenth of the counts
+//! ```
+//!
+//! Each server is started by this program on a free port and driven over loopback by one thread;
+//! every byte that comes back is compared, and so is the number of lines in the server's log.
+//! The servers take turns, A B A B, and a figure is the median of its rounds. Every server writes
+//! its log to the same kind of sink: a pipe of 1 MiB that is emptied every millisecond, so that it
+//! is never full, and no server is charged for waking the reader.
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `SMOLRX_IMAGE_BIN` | the binary out of the image, measured as one more server |
+//! | `BASELINE_PYTHON` | a Python that can `import reactivex`; `python3` when not set |
+
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use std::{array, env, fs, mem};
+
+use rustix::buffer::spare_capacity;
+use rustix::event::{PollFd, PollFlags, Timespec, epoll};
+use rustix::process::{Pid, Resource, Rlimit, Signal};
+
+/// A measure fails with one sentence.
+type Result<T> = std::result::Result<T, String>;
+
+/// The longest that anything may take which should be immediate: to start, to answer, to stop.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long a server is left alone before its memory or CPU time is read.
+const SETTLE: Duration = Duration::from_millis(100);
+
+fn main() -> ExitCode {
+    let options = match Options::parse(env::args().skip(1)) {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            print!("{HELP}");
+            return ExitCode::SUCCESS;
+        }
+        Err(sentence) => {
+            eprintln!("cost: {sentence}; try --help");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&options) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(sentence) => {
+            eprintln!("cost: {sentence}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Takes every measure of every server, prints the table and writes the chart. False when a
+/// measure failed: its cell is empty and stderr says why.
+fn run(options: &Options) -> Result<bool> {
+    let began = Instant::now();
+    raise_descriptor_limit()?;
+    let servers = servers()?;
+    let mut figures = Vec::new();
+    let mut complete = true;
+    for measure in MEASURES.iter().filter(|measure| options.wants(measure)) {
+        complete &= take(measure, &servers, options, &mut figures);
+    }
+    let notes = notes(options);
+    print!("{}", table(&servers, &figures, &notes));
+    if let Some(file) = &options.svg {
+        let svg = chart(&servers, &figures, &notes);
+        fs::write(file, svg).map_err(|e| format!("cannot write {}: {e}", file.display()))?;
+    }
+    eprintln!("{} seconds in all", began.elapsed().as_secs());
+    Ok(complete)
+}
+
+// ---- Options ----
+
+const HELP: &str = "\
+Usage: cargo bench [-- OPTIONS]
+
+      --only MEASURE  connections, syscalls, keep-open, memory or start; may be repeated
+      --quick         a tenth of the counts
+      --rounds N      rounds of each measure [default: 5]
+      --svg FILE      also write the table as a chart
+  -v, --verbose       every system call by name, on stderr
+  -h, --help          print this
+";
+
+struct Options {
+    only: Vec<String>,
+    rounds: usize,
+    svg: Option<PathBuf>,
+    verbose: bool,
+    counts: Counts,
+}
+
+/// How much of everything: the counts of the README, or a tenth of them.
+struct Counts {
+    connections: usize,
+    traced: usize,
+    lines: usize,
+    idle: usize,
+    starts: usize,
+}
+
+impl Options {
+    /// `None` when help was asked for.
+    fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Self>> {
+        let (mut only, mut rounds, mut svg, mut share, mut verbose) = (vec![], 5, None, 1, false);
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().ok_or(format!("{arg} needs a value"));
+            match arg.as_str() {
+                "--bench" => {} // cargo's own word
+                "--only" => only.push(value()?),
+                "--quick" => share = 10,
+                "--rounds" => rounds = value()?.parse().unwrap_or(0),
+                "--svg" => svg = Some(value()?.into()),
+                "-v" | "--verbose" => verbose = true,
+                "-h" | "--help" => return Ok(None),
+                _ => return Err(format!("unknown option {arg}")),
+            }
+        }
+        if !(1..=100).contains(&rounds) {
+            return Err("--rounds takes a number from 1 to 100".into());
+        }
+        if let Some(name) = only.iter().find(|name| MEASURES.iter().all(|m| m.name != **name)) {
+            return Err(format!("--only does not know {name}"));
+        }
+        let counts = Counts {
+            connections: 20_000 / share,
+            traced: 2_000 / share,
+            lines: 1_000_000 / share,
+            idle: 10_000 / share,
+            starts: 50 / share,
+        };
+        Ok(Some(Options { only, rounds, svg, verbose, counts }))
+    }
+
+    fn wants(&self, measure: &Measure) -> bool {
+        self.only.is_empty() || self.only.iter().any(|name| name == measure.name)
+    }
+}
+
+// ---- The servers ----
+
+/// One program that can be measured, and how it is started.
+struct Server {
+    name: &'static str,
+    kind: Kind,
+    program: PathBuf,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    /// smolrx as `cargo bench` built it: the ratios are about this one.
+    Ours,
+    /// smolrx as the image has it.
+    Image,
+    /// `benches/floor.c`.
+    Floor,
+    /// `BASELINE`.
+    Python,
+}
+
+const BASELINE: &str = "baseline/rxserver.py";
+
+/// What is asked of a server when it is started.
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    OneLine,
+    KeepOpen,
+    ManyIdle,
+}
+
+/// All servers that this machine can run; stderr names the missing ones.
+fn servers() -> Result<Vec<Server>> {
+    let ours = PathBuf::from(env!("CARGO_BIN_EXE_smolrx"));
+    let mut servers = vec![Server { name: "smolrx", kind: Kind::Ours, program: ours }];
+    if let Some(program) = env::var_os("SMOLRX_IMAGE_BIN").map(PathBuf::from) {
+        servers.push(Server { name: "image", kind: Kind::Image, program });
+    }
+    match compiled_floor() {
+        Ok(program) => servers.push(Server { name: "C floor", kind: Kind::Floor, program }),
+        Err(sentence) => eprintln!("without the C floor: {sentence}"),
+    }
+    match python() {
+        Ok(program) => servers.push(Server { name: "Python", kind: Kind::Python, program }),
+        Err(sentence) => eprintln!("without the Python baseline: {sentence}"),
+    }
+    Ok(servers)
+}
+
+fn in_package(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+fn compiled_floor() -> Result<PathBuf> {
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("floor");
+    let mut cc = Command::new("cc");
+    cc.args(["-O2", "-o"]).arg(&program).arg(in_package("benches/floor.c"));
+    match cc.status() {
+        Ok(status) if status.success() => Ok(program),
+        Ok(status) => Err(format!("cc: {status}")),
+        Err(e) => Err(format!("cc: {e}")),
+    }
+}
+
+fn python() -> Result<PathBuf> {
+    let script = in_package(BASELINE);
+    if !script.exists() {
+        return Err(format!("there is no {}", script.display()));
+    }
+    let python = env::var_os("BASELINE_PYTHON").unwrap_or("python3".into());
+    let mut import = Command::new(&python);
+    import.args(["-c", "import reactivex"]).stderr(Stdio::null());
+    match import.status() {
+        Ok(status) if status.success() => Ok(python.into()),
+        _ => Err(format!("{} cannot import reactivex", python.display())),
+    }
+}
+
+impl Server {
+    /// Only a baseline that has the option can keep a connection open.
+    fn does(&self, mode: Mode) -> bool {
+        let baseline = || fs::read_to_string(in_package(BASELINE)).unwrap_or_default();
+        mode != Mode::KeepOpen || self.kind != Kind::Python || baseline().contains("--keep-open")
+    }
+
+    fn command(&self, mode: Mode) -> Vec<String> {
+        let mut command = vec![self.program.display().to_string()];
+        let mut add = |words: &[&str]| command.extend(words.iter().map(|word| word.to_string()));
+        match self.kind {
+            Kind::Ours | Kind::Image => add(&["--tcp-port", "0"]),
+            Kind::Floor => {}
+            Kind::Python => {
+                add(&[&in_package(BASELINE).display().to_string()]);
+                add(&["--tcp-port", "0", "--interval", "60000"]);
+            }
+        }
+        match (mode, self.kind) {
+            (Mode::KeepOpen, _) => add(&["--keep-open"]),
+            (Mode::ManyIdle, Kind::Ours | Kind::Image) => add(&["--max-conns", "20000"]),
+            _ => {}
+        }
+        command
+    }
+
+    fn start(&self, mode: Mode) -> Result<Running> {
+        Running::start(self.kind, &self.command(mode), false)
+    }
+
+    /// Starts it under strace, which writes its counts to the file when the server ends.
+    fn start_traced(&self, mode: Mode, counts: &Path) -> Result<Running> {
+        let counts = counts.display().to_string();
+        let mut command: Vec<_> = ["strace", "-f", "-c", "-o", &counts].map(String::from).into();
+        command.extend(self.command(mode));
+        Running::start(self.kind, &command, true)
+    }
+}
+
+/// A server that has said which port it serves. Killed when dropped.
+struct Running {
+    kind: Kind,
+    child: Child,
+    /// Of the server itself, also when the child is strace.
+    pid: Pid,
+    port: u16,
+    log: Option<JoinHandle<Log>>,
+}
+
+impl Running {
+    fn start(kind: Kind, command: &[String], traced: bool) -> Result<Self> {
+        let mut child = Command::new(&command[0])
+            .args(&command[1..])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|e| format!("cannot start {}: {e}", command[0]))?;
+        let mut stdout = child.stdout.take().expect("stdout is piped");
+        let mut running = Running { kind, pid: Pid::from_child(&child), child, port: 0, log: None };
+        let line = first_line(&mut stdout)?;
+        running.port = line
+            .strip_prefix("Serving on ")
+            .and_then(|address| address.rsplit_once(':')?.1.parse().ok())
+            .ok_or(format!("its first line is no address: {line}"))?;
+        if traced {
+            let tracer = running.pid.as_raw_nonzero();
+            let children = fs::read_to_string(format!("/proc/{tracer}/task/{tracer}/children"))
+                .map_err(|e| format!("cannot list the children of strace: {e}"))?;
+            let pid = children.split_whitespace().next().and_then(|pid| pid.parse().ok());
+            running.pid = pid.and_then(Pid::from_raw).ok_or("strace has no child")?;
+        }
+        running.log = Some(Log::collect(stdout)?);
+        Ok(running)
+    }
+
+    /// Asks it to end, and compares what it logged with what it was sent.
+    fn stop(mut self, lines: usize, connections: usize) -> Result<()> {
+        rustix::process::kill_process(self.pid, Signal::TERM).map_err(|e| e.to_string())?;
+        let status = within(PATIENCE, "its end", || self.child.try_wait().ok().flatten())?;
+        if matches!(self.kind, Kind::Ours | Kind::Image) && !status.success() {
+            return Err(format!("it ended with {status}"));
+        }
+        let log = self.log.take().expect("taken once").join().map_err(|_| "the log's reader died")?;
+        let expected = Log { received: lines, sent: lines, closed: connections, ..log };
+        if log == expected { Ok(()) } else { Err(format!("it logged {log}, not {expected}")) }
+    }
+
+    /// User and system time of all its threads, in nanoseconds. The scheduler's figure is exact
+    /// but forgets threads that have ended; the clock ticks (1/100 s) remember them.
+    fn cpu(&self) -> Result<u64> {
+        let mut exact = 0;
+        for task in fs::read_dir(self.proc("task")).map_err(|e| format!("no CPU time: {e}"))? {
+            let Ok(task) = task else { continue };
+            let schedstat = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+            exact += schedstat.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0);
+        }
+        let stat = fs::read_to_string(self.proc("stat")).map_err(|e| format!("no CPU time: {e}"))?;
+        let (_, fields) = stat.rsplit_once(") ").ok_or("no CPU time in /proc/PID/stat")?;
+        let ticks: u64 = fields.split(' ').skip(11).take(2).flat_map(str::parse::<u64>).sum();
+        Ok(exact.max(ticks * 10_000_000))
+    }
+
+    /// Resident memory in bytes.
+    fn resident(&self) -> Result<f64> {
+        // VmRSS in /proc/PID/status is some pages off on kernels that count per CPU.
+        let smaps = fs::read_to_string(self.proc("smaps_rollup")).map_err(|e| e.to_string())?;
+        let rss = smaps.lines().find_map(|line| line.strip_prefix("Rss:"));
+        let kib: Option<f64> = rss.and_then(|rss| rss.trim().trim_end_matches(" kB").parse().ok());
+        Ok(kib.ok_or("no Rss in smaps_rollup")? * 1024.0)
+    }
+
+    /// Open descriptors.
+    fn descriptors(&self) -> usize {
+        let fds = self.proc("fd");
+        match fs::metadata(&fds).map(|fds| fds.len() as usize) {
+            Ok(0) | Err(_) => fs::read_dir(fds).map_or(0, Iterator::count), // before Linux 6.2
+            Ok(count) => count,
+        }
+    }
+
+    fn proc(&self, file: &str) -> PathBuf {
+        format!("/proc/{}/{file}", self.pid.as_raw_nonzero()).into()
+    }
+
+    /// Connects to it. The last byte of the address varies, so that no count of connections runs
+    /// out of ports.
+    fn connect(&self, nth: usize) -> Result<TcpStream> {
+        let address = Ipv4Addr::new(127, 0, 0, 1 + (nth % 8) as u8);
+        let connected = TcpStream::connect((address, self.port));
+        connected.map_err(|e| format!("cannot connect to {address}:{}: {e}", self.port))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(Some(_))) {
+            let _ = rustix::process::kill_process(self.pid, Signal::KILL);
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Reads the one line by which a server says that it is ready.
+fn first_line(stdout: &mut ChildStdout) -> Result<String> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut line = Vec::new();
+    while !line.ends_with(b"\n") {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(|e| e.to_string())?;
+        let mut readable = [PollFd::new(stdout, PollFlags::IN)];
+        if rustix::event::poll(&mut readable, Some(&left)).is_ok_and(|ready| ready == 0) {
+            return Err("it never said that it serves".into());
+        }
+        let mut byte = [0];
+        if !stdout.read(&mut byte).is_ok_and(|n| n == 1) {
+            return Err("it ended before it served".into());
+        }
+        line.extend(byte);
+    }
+    Ok(String::from_utf8_lossy(&line).trim_end().into())
+}
+
+/// How many lines of each sort a server has logged.
+#[derive(Default, PartialEq)]
+struct Log {
+    received: usize,
+    sent: usize,
+    closed: usize,
+    /// Of the observer, whose debounce lets few lines through.
+    observed: usize,
+}
+
+impl Log {
+    /// Empties the pipe every millisecond until the server ends.
+    fn collect(mut stdout: ChildStdout) -> Result<JoinHandle<Log>> {
+        // Both spare the server the waits and wake-ups of a full and of an empty pipe.
+        let _ = rustix::pipe::fcntl_setpipe_size(&stdout, 1 << 20);
+        rustix::io::ioctl_fionbio(&stdout, true).map_err(|e| e.to_string())?;
+        Ok(thread::spawn(move || {
+            let (mut log, mut buffer, mut line_starts) = (Log::default(), [0; 1 << 16], true);
+            loop {
+                match stdout.read(&mut buffer) {
+                    Ok(0) => return log,
+                    Ok(n) => {
+                        for &byte in &buffer[..n] {
+                            if mem::replace(&mut line_starts, byte == b'\n') {
+                                log.count(byte);
+                            }
+                        }
+                    }
+                    Err(_) => thread::sleep(Duration::from_millis(1)),
+                }
+            }
+        }))
+    }
+
+    /// Counts a line by its first letter.
+    fn count(&mut self, first: u8) {
+        match first {
+            b'R' => self.received += 1,
+            b'S' => self.sent += 1,
+            b'C' => self.closed += 1,
+            _ => self.observed += 1,
+        }
+    }
+}
+
+impl std::fmt::Display for Log {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} received, {} sent, {} closed", self.received, self.sent, self.closed)
+    }
+}
+
+/// Asks again every millisecond until there is an answer.
+fn within<T>(limit: Duration, what: &str, mut ask: impl FnMut() -> Option<T>) -> Result<T> {
+    let began = Instant::now();
+    while began.elapsed() < limit {
+        if let Some(answer) = ask() {
+            return Ok(answer);
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Err(format!("waited {} seconds for {what}", limit.as_secs()))
+}
+
+/// For ten thousand connections at both ends; the servers inherit it.
+fn raise_descriptor_limit() -> Result<()> {
+    let Rlimit { maximum, .. } = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: maximum, maximum };
+    rustix::process::setrlimit(Resource::Nofile, raised)
+        .map_err(|e| format!("cannot raise the descriptor limit: {e}"))
+}
+
+// ---- The clients ----
+
+/// How many connections are in work at once.
+const AT_ONCE: usize = 64;
+
+/// One connection of the driver: what it says, and how far that has gone and come back.
+struct Client {
+    stream: TcpStream,
+    script: Vec<u8>,
+    sent: usize,
+    echoed: usize,
+    since: Instant,
+    /// From before `connect` to the last byte of the echo.
+    latency: Duration,
+}
+
+impl Client {
+    fn connect(server: &Running, nth: usize, script: Vec<u8>) -> Result<Self> {
+        let since = Instant::now();
+        let stream = server.connect(nth)?;
+        stream.set_nonblocking(true).map_err(|e| e.to_string())?;
+        let mut client = Client { stream, script, sent: 0, echoed: 0, since, latency: Duration::ZERO };
+        client.send()?;
+        Ok(client)
+    }
+
+    fn has_sent(&self) -> bool {
+        self.sent == self.script.len()
+    }
+
+    /// Sends what the socket takes.
+    fn send(&mut self) -> Result<()> {
+        while !self.has_sent() {
+            match self.stream.write(&self.script[self.sent..]) {
+                Ok(n) => self.sent += n,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) => return Err(format!("cannot send: {e}")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads once and compares. True when the server has closed, having echoed everything.
+    fn receive(&mut self, buffer: &mut [u8]) -> Result<bool> {
+        match self.stream.read(buffer) {
+            Ok(0) if self.echoed == self.script.len() => Ok(true),
+            Ok(0) => Err(format!("closed after {} bytes of the echo", self.echoed)),
+            Ok(n) => {
+                if !self.script[self.echoed..].starts_with(&buffer[..n]) {
+                    return Err(format!("the echo differs after {} bytes", self.echoed));
+                }
+                self.echoed += n;
+                if self.echoed == self.script.len() {
+                    self.latency = self.since.elapsed();
+                }
+                Ok(false)
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(e) => Err(format!("cannot receive: {e}")),
+        }
+    }
+}
+
+/// Keeps `AT_ONCE` clients in work until `count` have said their scripts and have been closed,
+/// shutting down their sending sides first if so asked. Returns the latency of each.
+fn drive(
+    server: &Running,
+    count: usize,
+    shut_down: bool,
+    script: impl Fn(usize) -> Vec<u8>,
+) -> Result<Vec<Duration>> {
+    const READ: epoll::EventFlags = epoll::EventFlags::IN;
+    const WRITE: epoll::EventFlags = epoll::EventFlags::OUT;
+    const LIMIT: Timespec = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
+    let failed = |e| format!("epoll: {e}");
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?;
+    let mut events = Vec::with_capacity(AT_ONCE);
+    let mut buffer = vec![0; 1 << 16];
+    let mut latencies = Vec::with_capacity(count);
+    let mut opened = 0;
+    let mut clients: [Option<Client>; AT_ONCE] = array::from_fn(|_| None);
+    let mut vacant: Vec<usize> = (0..AT_ONCE).collect();
+    while latencies.len() < count {
+        while opened < count
+            && let Some(slot) = vacant.pop()
+        {
+            let client = Client::connect(server, opened, script(opened))?;
+            opened += 1;
+            let wish = if shut_down || !client.has_sent() { READ | WRITE } else { READ };
+            let data = epoll::EventData::new_u64(slot as u64);
+            epoll::add(&epoll, &client.stream, data, wish).map_err(failed)?;
+            clients[slot] = Some(client);
+        }
+        events.clear();
+        epoll::wait(&epoll, spare_capacity(&mut events), Some(&LIMIT)).map_err(failed)?;
+        if events.is_empty() {
+            let done = latencies.len();
+            return Err(format!("stalled after {done} connections, with {} open", opened - done));
+        }
+        for event in &events {
+            // Copies, for the kernel packs the struct.
+            let (data, flags) = (event.data, event.flags);
+            let slot = data.u64() as usize;
+            let client = clients[slot].as_mut().expect("a closed client has no events");
+            if flags.contains(WRITE) {
+                client.send()?;
+                if client.has_sent() {
+                    if shut_down {
+                        client.stream.shutdown(Shutdown::Write).map_err(|e| e.to_string())?;
+                    }
+                    epoll::modify(&epoll, &client.stream, data, READ).map_err(failed)?;
+                }
+            }
+            if flags != WRITE && client.receive(&mut buffer)? {
+                latencies.push(client.latency);
+                clients[slot] = None; // which closes it, and so leaves the epoll set
+                vacant.push(slot);
+            }
+        }
+    }
+    Ok(latencies)
+}
+
+/// Connections of one short line each, no two lines alike.
+fn drive_lines(server: &Running, count: usize) -> Result<Vec<Duration>> {
+    drive(server, count, false, |nth| format!("line {nth}\n").into_bytes())
+}
+
+// ---- The measures ----
+
+/// One measure: how to take it, and the rows it fills.
+struct Measure {
+    name: &'static str,
+    mode: Mode,
+    rows: &'static [Row],
+    rounds: fn(&Options) -> usize,
+    /// Takes it once of one server: a figure for each row.
+    take: fn(&Server, &Options) -> Result<Vec<f64>>,
+}
+
+struct Row {
+    title: &'static str,
+    unit: &'static str,
+    /// Whether a greater figure is the better one.
+    rate: bool,
+}
+
+const fn rate(title: &'static str) -> Row {
+    Row { title, unit: "", rate: true }
+}
+
+const fn cost(title: &'static str, unit: &'static str) -> Row {
+    Row { title, unit, rate: false }
+}
+
+const MEASURES: &[Measure] = &[
+    Measure {
+        name: "connections",
+        mode: Mode::OneLine,
+        rows: &[
+            rate("connections per second"),
+            cost("CPU per connection", "µs"),
+            cost("latency p50", "µs"),
+            cost("latency p99", "µs"),
+            cost("latency max", "µs"),
+        ],
+        rounds: |options| options.rounds,
+        take: connections,
+    },
+    Measure {
+        name: "syscalls",
+        mode: Mode::OneLine,
+        rows: &[cost("system calls per connection", "")],
+        rounds: |_| 1,
+        take: syscalls,
+    },
+    Measure {
+        name: "keep-open",
+        mode: Mode::KeepOpen,
+        rows: &[rate("lines per second, --keep-open"), cost("CPU per line", "µs")],
+        rounds: |options| options.rounds,
+        take: keep_open,
+    },
+    Measure {
+        name: "memory",
+        mode: Mode::ManyIdle,
+        rows: &[
+            cost("resident memory, idle", "KiB"),
+            cost("per idle connection", "bytes"),
+            cost("after they left", "KiB"),
+        ],
+        rounds: |options| options.rounds.min(3),
+        take: memory,
+    },
+    Measure {
+        name: "start",
+        mode: Mode::OneLine,
+        rows: &[cost("start: exec to first echo", "ms")],
+        rounds: |options| options.counts.starts,
+        take: start,
+    },
+];
+
+/// Connections of one line each: how many a second, what each costs the server, how long each
+/// takes. The driver is one thread and works as hard as the server: where both are fast, the rate
+/// is the driver's, and the CPU time tells them apart.
+fn connections(server: &Server, options: &Options) -> Result<Vec<f64>> {
+    let warm_up = 10 * AT_ONCE;
+    let count = options.counts.connections;
+    let server = server.start(Mode::OneLine)?;
+    drive_lines(&server, warm_up)?;
+    thread::sleep(SETTLE);
+    let (cpu, began) = (server.cpu()?, Instant::now());
+    let mut latencies = drive_lines(&server, count)?;
+    let elapsed = began.elapsed();
+    thread::sleep(SETTLE);
+    let cpu = server.cpu()? - cpu;
+    server.stop(warm_up + count, warm_up + count)?;
+    latencies.sort_unstable();
+    let latency = |percent: usize| latencies[(count - 1) * percent / 100].as_secs_f64() * 1e6;
+    Ok(vec![
+        count as f64 / elapsed.as_secs_f64(),
+        cpu as f64 / 1e3 / count as f64,
+        latency(50),
+        latency(99),
+        latency(100),
+    ])
+}
+
+/// System calls of a connection, all threads: those of a run less those of a run without any
+/// connection. strace slows the server down, so that more is ready at each of its waits.
+fn syscalls(server: &Server, options: &Options) -> Result<Vec<f64>> {
+    let count = options.counts.traced;
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("strace");
+    let trace = |connections: usize| -> Result<BTreeMap<String, f64>> {
+        let server = server.start_traced(Mode::OneLine, &file)?;
+        drive_lines(&server, connections)?;
+        thread::sleep(SETTLE);
+        server.stop(connections, connections)?;
+        let counts = fs::read_to_string(&file).map_err(|e| format!("no counts: {e}"))?;
+        Ok(strace_counts(&counts))
+    };
+    let (without, mut with) = (trace(0)?, trace(count)?);
+    for (name, calls) in &mut with {
+        *calls = (*calls - without.get(name).unwrap_or(&0.0)) / count as f64;
+    }
+    let total = with.remove("total").ok_or("strace counted nothing")?;
+    if options.verbose {
+        let mut calls: Vec<_> = with.iter().filter(|(_, calls)| calls.abs() >= 0.005).collect();
+        calls.sort_by(|a, b| b.1.total_cmp(a.1));
+        let calls: Vec<_> = calls.iter().map(|(name, calls)| format!("{calls:.2} {name}")).collect();
+        eprint!("{}; ", calls.join(", "));
+    }
+    Ok(vec![total])
+}
+
+/// The calls by name, and `total`, of what `strace -c` prints: share, seconds, microseconds each,
+/// calls, errors (or nothing), name.
+fn strace_counts(counts: &str) -> BTreeMap<String, f64> {
+    let counts = counts.lines().filter_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        Some((words.last()?.to_string(), words.get(3)?.parse().ok()?))
+    });
+    counts.collect()
+}
+
+/// Short lines, pipelined: every client sends all of its lines as fast as the socket takes them.
+fn keep_open(server: &Server, options: &Options) -> Result<Vec<f64>> {
+    // Python's hundredfold share of the time would buy no better figure.
+    let share = if server.kind == Kind::Python { 10 } else { 1 };
+    let each = options.counts.lines / share / AT_ONCE;
+    let lines = each * AT_ONCE;
+    let server = server.start(Mode::KeepOpen)?;
+    let scripts: Vec<Vec<u8>> = (0..AT_ONCE)
+        .map(|client| (0..each).flat_map(|n| format!("{client} {n}\n").into_bytes()).collect())
+        .collect();
+    thread::sleep(SETTLE);
+    let (cpu, began) = (server.cpu()?, Instant::now());
+    drive(&server, AT_ONCE, true, |client| scripts[client].clone())?;
+    let elapsed = began.elapsed();
+    thread::sleep(SETTLE);
+    let cpu = server.cpu()? - cpu;
+    server.stop(lines, AT_ONCE)?;
+    Ok(vec![lines as f64 / elapsed.as_secs_f64(), cpu as f64 / 1e3 / lines as f64])
+}
+
+/// Resident memory of a fresh server, what each idle connection adds, and what is left when all
+/// of them have gone. The kernel's share of a connection is not in it.
+fn memory(server: &Server, options: &Options) -> Result<Vec<f64>> {
+    const STEP: usize = 64; // fewer than any backlog
+    let count = options.counts.idle;
+    let server = server.start(Mode::ManyIdle)?;
+    thread::sleep(SETTLE);
+    let (idle, before) = (server.resident()?, server.descriptors());
+    let mut clients = Vec::with_capacity(count);
+    while clients.len() < count {
+        for nth in clients.len()..count.min(clients.len() + STEP) {
+            clients.push(server.connect(nth)?);
+        }
+        let all = before + clients.len();
+        within(PATIENCE, "accept", || (server.descriptors() >= all).then_some(()))?;
+    }
+    thread::sleep(5 * SETTLE);
+    let full = server.resident()?;
+    drop(clients);
+    within(PATIENCE, "close", || (server.descriptors() <= before).then_some(()))?;
+    thread::sleep(5 * SETTLE);
+    let after = server.resident()?;
+    server.stop(0, 0)?;
+    Ok(vec![idle / 1024.0, (full - idle) / count as f64, after / 1024.0])
+}
+
+/// From before the fork to the last byte of the first echo.
+fn start(server: &Server, _: &Options) -> Result<Vec<f64>> {
+    let began = Instant::now();
+    let server = server.start(Mode::OneLine)?;
+    let mut stream = server.connect(0)?;
+    let line = b"first\n";
+    let mut echo = [0; 6];
+    stream.write_all(line).and_then(|()| stream.read_exact(&mut echo)).map_err(|e| e.to_string())?;
+    let elapsed = began.elapsed();
+    let rest = stream.read(&mut [0]).map_err(|e| e.to_string())?;
+    if echo != *line || rest != 0 {
+        return Err("the first echo differs".into());
+    }
+    thread::sleep(Duration::from_millis(5)); // for the last line of its log
+    server.stop(1, 1)?;
+    Ok(vec![elapsed.as_secs_f64() * 1e3])
+}
+
+// ---- Rounds and medians ----
+
+/// The medians of one row, server by server; none for a server that failed.
+struct Figures {
+    row: &'static Row,
+    medians: Vec<Option<f64>>,
+}
+
+/// Takes one measure of all servers in turn, round by round. False when a server failed, which
+/// ends its turns.
+fn take(
+    measure: &'static Measure,
+    servers: &[Server],
+    options: &Options,
+    figures: &mut Vec<Figures>,
+) -> bool {
+    let rounds = (measure.rounds)(options);
+    let mut complete = true;
+    let mut turns: Vec<Option<Vec<Vec<f64>>>> =
+        servers.iter().map(|server| server.does(measure.mode).then(Vec::new)).collect();
+    for round in 1..=rounds {
+        for (server, samples) in servers.iter().zip(&mut turns) {
+            let Some(taken) = samples else { continue };
+            eprint!("{} {round}/{rounds}, {}: ", measure.name, server.name);
+            match (measure.take)(server, options) {
+                Ok(sample) => {
+                    let words = measure.rows.iter().zip(&sample);
+                    let words = words.map(|(row, &figure)| format!("{} {}", row.title(), number(figure)));
+                    eprintln!("{}", words.collect::<Vec<_>>().join("; "));
+                    taken.push(sample);
+                }
+                Err(sentence) => {
+                    eprintln!("{sentence}");
+                    (*samples, complete) = (None, false);
+                }
+            }
+        }
+    }
+    for (nth, row) in measure.rows.iter().enumerate() {
+        let medians = turns.iter().map(|samples| {
+            let samples = samples.as_ref()?;
+            Some(median(samples.iter().map(|sample| sample[nth]).collect()))
+        });
+        figures.push(Figures { row, medians: medians.collect() });
+    }
+    complete
+}
+
+fn median(mut samples: Vec<f64>) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    let (low, high) = ((samples.len() - 1) / 2, samples.len() / 2);
+    (samples[low] + samples[high]) / 2.0
+}
+
+impl Figures {
+    /// How many times better `one` is than `other`: the faster or the cheaper.
+    fn gain(&self, one: Option<usize>, other: Option<usize>) -> Option<f64> {
+        let (one, other) = (self.medians[one?]?, self.medians[other?]?);
+        let gain = if self.row.rate { one / other } else { other / one };
+        gain.is_finite().then_some(gain)
+    }
+}
+
+// ---- The table and the chart ----
+
+/// The two ratios of a row: what smolrx costs above the C floor, and what it gains on Python.
+fn ratios(servers: &[Server], figures: &Figures) -> [Option<f64>; 2] {
+    let nth = |kind| servers.iter().position(|server| server.kind == kind);
+    let [ours, floor, python] = [Kind::Ours, Kind::Floor, Kind::Python].map(nth);
+    [figures.gain(floor, ours), figures.gain(ours, python)]
+}
+
+/// A markdown table whose columns also line up in a terminal.
+fn table(servers: &[Server], figures: &[Figures], notes: &[String]) -> String {
+    let mut head = vec![String::new()];
+    head.extend(servers.iter().map(|server| server.name.to_string()));
+    head.extend(["cost, C = 1", "gain on Python"].map(String::from));
+    let mut lines = vec![head];
+    for figures in figures {
+        let mut line = vec![figures.row.title()];
+        line.extend(figures.medians.iter().map(|figure| figure.map_or("–".into(), number)));
+        line.extend(ratios(servers, figures).map(|ratio| ratio.map_or("–".into(), times)));
+        lines.push(line);
+    }
+    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max();
+    let widths: Vec<usize> = (0..lines[0].len()).flat_map(width).collect();
+    let rule = |width: &usize| "-".repeat(*width - 1) + ":";
+    lines.insert(1, widths.iter().map(rule).collect());
+    lines[1][0] = "-".repeat(widths[0]);
+    let mut table = String::new();
+    for line in lines {
+        let _ = write!(table, "| {:1$} |", line[0], widths[0]);
+        for (cell, width) in line.iter().zip(&widths).skip(1) {
+            let _ = write!(table, " {cell:>width$} |");
+        }
+        table.push('\n');
+    }
+    table.push('\n');
+    for note in notes {
+        let _ = writeln!(table, "{note}");
+    }
+    table
+}
+
+/// What a reader must know to take the same figures again.
+fn notes(options: &Options) -> Vec<String> {
+    let Counts { connections, traced, lines, idle, starts } = options.counts;
+    let [connections, traced, lines, idle] =
+        [connections, traced, lines, idle].map(|count| number(count as f64));
+    let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
+    let cpus = read("/proc/cpuinfo");
+    let models: Vec<&str> = cpus
+        .lines()
+        .filter_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map(|(_, model)| model)
+        .collect();
+    vec![
+        format!(
+            "{connections} connections ({traced} under strace), {AT_ONCE} at a time; {lines} lines \
+             over {AT_ONCE} connections; {idle} idle ones; {starts} starts."
+        ),
+        format!(
+            "Medians of {} round(s) over loopback; Linux {}, {} × {}.",
+            options.rounds,
+            read("/proc/sys/kernel/osrelease").trim(),
+            thread::available_parallelism().map_or(1, usize::from),
+            models.first().unwrap_or(&env::consts::ARCH)
+        ),
+        "Cost: how many times the C floor's. Gain: how many times better than Python's.".into(),
+    ]
+}
+
+impl Row {
+    fn title(&self) -> String {
+        let comma = if self.unit.is_empty() { "" } else { ", " };
+        format!("{}{comma}{}", self.title, self.unit)
+    }
+}
+
+/// Three digits that count, and commas between the thousands: 0.312, 12.1, 14,233.
+fn number(figure: f64) -> String {
+    let decimals = match figure.abs() {
+        0.0 => 0,
+        below if below < 0.9995 => 3,
+        below if below < 9.995 => 2,
+        below if below < 99.95 => 1,
+        _ => 0,
+    };
+    let plain = format!("{figure:.decimals$}");
+    let whole = plain.find('.').unwrap_or(plain.len());
+    let mut grouped = String::new();
+    for (nth, digit) in plain.char_indices() {
+        if nth > 0 && nth < whole && (whole - nth) % 3 == 0 && !grouped.ends_with('-') {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+fn times(ratio: f64) -> String {
+    if ratio < 0.995 { format!("{ratio:.2}×") } else { format!("{}×", number(ratio)) }
+}
+
+/// The same figures as bars: a panel for each row, two panels side by side. Its colours are read
+/// on white and on black alike.
+fn chart(servers: &[Server], figures: &[Figures], notes: &[String]) -> String {
+    const PANEL: usize = 430; // all in pixels
+    const BAR: usize = 310;
+    const LINE: usize = 15;
+    const TOP: usize = 30;
+    let panel_height = 36 + LINE * servers.len();
+    let height = TOP + figures.len().div_ceil(2) * panel_height + LINE * notes.len() + 10;
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
+         viewBox=\"0 0 {width} {height}\" \
+         font-family=\"system-ui,sans-serif\" font-size=\"12\">\n\
+         <title>What a connection costs</title>\n\
+         <style>text{{fill:#6e7781}}.t{{font-weight:600}}.r{{text-anchor:end}}\
+         .a{{fill:#1f7ae0}}.b{{fill:#6f5bd6}}.c{{fill:#818b98}}.d{{fill:#d9822b}}\
+         @media(prefers-color-scheme:dark){{text{{fill:#adb5be}}}}</style>\n",
+        width = 2 * PANEL
+    );
+    let class = |server: &Server| match server.kind {
+        Kind::Ours => 'a',
+        Kind::Image => 'b',
+        Kind::Floor => 'c',
+        Kind::Python => 'd',
+    };
+    for (nth, server) in servers.iter().enumerate() {
+        let (x, name) = (90 * nth, server.name);
+        let _ = writeln!(
+            svg,
+            "<rect class=\"{}\" x=\"{x}\" y=\"4\" width=\"10\" height=\"10\"/>\
+             <text x=\"{}\" y=\"13\">{name}</text>",
+            class(server),
+            x + 15
+        );
+    }
+    for (nth, figures) in figures.iter().enumerate() {
+        let (x, y) = (nth % 2 * PANEL, TOP + nth / 2 * panel_height);
+        let [cost, gain] = ratios(servers, figures);
+        let cost = cost.map(|ratio| format!("{} C", times(ratio)));
+        let gain = gain.map(|ratio| format!("gain {}", times(ratio)));
+        let ratios: Vec<String> = [cost, gain].into_iter().flatten().collect();
+        let _ = writeln!(
+            svg,
+            "<g transform=\"translate({x} {y})\"><text class=\"t\" y=\"12\">{}</text>\
+             <text class=\"r\" x=\"{}\" y=\"12\">{}</text>",
+            figures.row.title(),
+            PANEL - 30,
+            ratios.join(" · ")
+        );
+        let longest = figures.medians.iter().flatten().fold(0.0, |a: f64, &b| a.max(b));
+        for (nth, (server, figure)) in servers.iter().zip(&figures.medians).enumerate() {
+            let Some(figure) = *figure else { continue };
+            let width = (BAR as f64 * figure / longest).max(1.0);
+            let y = 18 + LINE * nth;
+            let _ = writeln!(
+                svg,
+                "<rect class=\"{}\" y=\"{y}\" width=\"{width:.0}\" height=\"11\"/>\
+                 <text x=\"{:.0}\" y=\"{}\">{}</text>",
+                class(server),
+                width + 5.0,
+                y + 10,
+                number(figure)
+            );
+        }
+        svg.push_str("</g>\n");
+    }
+    for (nth, note) in notes.iter().rev().enumerate() {
+        let _ = writeln!(svg, "<text y=\"{}\">{note}</text>", height - 8 - LINE * nth);
+    }
+    svg + "</svg>\n"
+}
