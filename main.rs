@@ -117,7 +117,7 @@ async fn observe(server: &'static Server, served: Task<()>) {
         pin!(lines.merge(stream::stop_after_future(clock, served)).debounce(Realtime, interval / 10));
 
     while let Some(event) = events.next().await {
-        server.log.room().await;
+        poll_fn(|cx| server.log.poll_room(cx)).await;
         server.log.observed(&event);
     }
     server.log.close();
@@ -401,9 +401,11 @@ impl Server {
     }
 
     /// Waits until log and subject have room: back-pressure instead of memory.
-    async fn room(&self) {
-        self.log.room().await;
-        self.lines.room().await;
+    fn room(&self) -> impl Future<Output = ()> {
+        poll_fn(|cx| {
+            ready!(self.log.poll_room(cx));
+            self.lines.poll_room(cx)
+        })
     }
 
     /// A line was received whole.
@@ -495,7 +497,8 @@ impl<'a> Connection<'a> {
             }
             if last {
                 if !ended {
-                    self.linger().await;
+                    // Boxed: it is rare, and every connection would hold its state (100 bytes).
+                    Box::pin(self.linger()).await;
                 }
                 break;
             }
@@ -517,22 +520,24 @@ impl<'a> Connection<'a> {
 
     /// Adds bytes to the buffer, waiting for them if there are none, and returns how many; 0 at the
     /// end of what the client sends, and when the server stops and the client is between two lines.
-    async fn read(&mut self) -> io::Result<usize> {
-        loop {
-            if self.more {
-                match self.try_read() {
-                    Err(Errno::INTR) => continue,
-                    Err(Errno::AGAIN) => {}
-                    result => return Ok(result?),
+    fn read(&mut self) -> impl Future<Output = io::Result<usize>> {
+        poll_fn(|cx| {
+            loop {
+                if self.more {
+                    match self.try_read() {
+                        Err(Errno::INTR) => continue,
+                        Err(Errno::AGAIN) => {}
+                        result => return Poll::Ready(result.map_err(io::Error::from)),
+                    }
                 }
+                self.release();
+                if self.server.stopping.get() && self.buffer.is_empty() {
+                    return Poll::Ready(Ok(0));
+                }
+                ready!(self.poll_wait(cx, Async::poll_readable))?;
+                self.more = true;
             }
-            self.release();
-            if self.server.stopping.get() && self.buffer.is_empty() {
-                return Ok(0);
-            }
-            self.wait(Async::poll_readable).await?;
-            self.more = true;
-        }
+        })
     }
 
     /// Adds the bytes that are there right now.
@@ -544,18 +549,20 @@ impl<'a> Connection<'a> {
     }
 
     /// Sends the first bytes of the buffer back as they came, and forgets them.
-    async fn echo(&mut self, end: usize) -> io::Result<()> {
+    fn echo(&mut self, end: usize) -> impl Future<Output = io::Result<()>> {
         let mut sent = 0;
-        while sent < end {
-            match rustix::io::write(&self.client.socket, &self.buffer[sent..end]) {
-                Ok(count) => sent += count,
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => self.wait(Async::poll_writable).await?,
-                Err(error) => return Err(error.into()),
+        poll_fn(move |cx| {
+            while sent < end {
+                match rustix::io::write(&self.client.socket, &self.buffer[sent..end]) {
+                    Ok(count) => sent += count,
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) => ready!(self.poll_wait(cx, Async::poll_writable))?,
+                    Err(error) => return Poll::Ready(Err(error.into())),
+                }
             }
-        }
-        self.buffer.drain(..end);
-        Ok(())
+            self.buffer.drain(..end);
+            Poll::Ready(Ok(()))
+        })
     }
 
     /// Closing while bytes are unread would reset the connection, and the client might lose the
@@ -578,29 +585,25 @@ impl<'a> Connection<'a> {
         future::or(read, sleep(GRACE)).await;
     }
 
-    /// Waits until the socket is ready, the server stops between two lines, or the client is cut.
-    async fn wait(&mut self, poll_ready: PollReady<'a>) -> io::Result<()> {
-        let (server, client) = (self.server, self.client);
+    /// Waits until the socket is ready; an error if the client was cut meanwhile.
+    fn poll_wait(&mut self, cx: &mut Context<'_>, poll_ready: PollReady<'a>) -> Poll<io::Result<()>> {
+        let client = self.client;
+        if client.cut.get() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         let io = match &mut self.io {
             Some(io) => io,
             none => none.insert(Async::new_nonblocking(&client.socket)?),
         };
-        let idle = self.buffer.is_empty();
-        client.deadline.set(Some(Instant::now() + server.options.timeout));
-        server.waiting.notify_all();
-        let ready = poll_fn(|cx| {
-            if client.cut.get() {
-                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-            }
-            if idle && server.stopping.get() {
-                return Poll::Ready(Ok(()));
-            }
+        let ready = poll_ready(io, cx);
+        if ready.is_ready() {
+            client.deadline.set(None);
+        } else if client.deadline.get().is_none() {
+            client.deadline.set(Some(Instant::now() + self.server.options.timeout));
             client.task.set(Some(cx.waker().clone()));
-            poll_ready(io, cx)
-        });
-        let result = ready.await;
-        client.deadline.set(None);
-        result
+            self.server.waiting.notify_all();
+        }
+        ready
     }
 
     /// Makes room for more bytes: a chunk, or for a longer line up to as much again, never
@@ -689,8 +692,9 @@ impl<T> Subject<T> {
         self.written.notify_all();
     }
 
-    pub async fn room(&self) {
-        self.read.wait_until(|| self.items.borrow().len() < BACKLOG).await;
+    /// Ready when the observer has made room.
+    pub fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.read.poll_until(cx, self.items.borrow().len() < BACKLOG)
     }
 
     /// The stream of the items, which ends when the subject is complete.
@@ -699,9 +703,8 @@ impl<T> Subject<T> {
             let item = self.items.borrow_mut().pop_front();
             if item.is_some() {
                 self.read.notify_all();
-            } else if !self.completed.get() {
-                self.written.register(cx);
-                return Poll::Pending;
+            } else {
+                ready!(self.written.poll_until(cx, self.completed.get()));
             }
             Poll::Ready(item)
         })
@@ -934,8 +937,9 @@ impl Log {
         self.written.notify_all();
     }
 
-    async fn room(&self) {
-        self.taken.wait_until(|| self.text.borrow().len() < LOG_ROOM).await;
+    /// Ready when stdout has made room.
+    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.taken.poll_until(cx, self.text.borrow().len() < LOG_ROOM)
     }
 
     /// Lets `write` end once all is written.
@@ -1039,29 +1043,26 @@ fn is_hostile(character: char) -> bool {
 struct Condition(RefCell<Vec<Waker>>);
 
 impl Condition {
-    async fn wait_until(&self, holds: impl Fn() -> bool) {
-        poll_fn(|cx| {
-            if holds() {
-                return Poll::Ready(());
-            }
-            self.register(cx);
-            Poll::Pending
-        })
-        .await
-    }
-
-    /// Waits for the next notification.
-    async fn wait(&self) {
-        let waited = Cell::new(false);
-        self.wait_until(|| waited.replace(true)).await;
-    }
-
-    /// Wakes a task at the next notification.
-    fn register(&self, cx: &Context) {
+    /// Ready if the condition `holds`; if not, the task is woken at the next notification.
+    fn poll_until(&self, cx: &mut Context<'_>, holds: bool) -> Poll<()> {
+        if holds {
+            return Poll::Ready(());
+        }
         let mut tasks = self.0.borrow_mut();
         if !tasks.last().is_some_and(|task| task.will_wake(cx.waker())) {
             tasks.push(cx.waker().clone());
         }
+        Poll::Pending
+    }
+
+    fn wait_until(&self, holds: impl Fn() -> bool) -> impl Future<Output = ()> {
+        poll_fn(move |cx| self.poll_until(cx, holds()))
+    }
+
+    /// Waits for the next notification.
+    fn wait(&self) -> impl Future<Output = ()> {
+        let waited = Cell::new(false);
+        self.wait_until(move || waited.replace(true))
     }
 
     fn notify_all(&self) {
