@@ -14,9 +14,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
 use std::future::{Future, poll_fn};
-use std::io::{self, Read};
+use std::io;
 use std::mem;
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::pin::{Pin, pin};
 use std::process::{self, ExitCode};
@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
-use futures_lite::future;
+use futures_lite::future::{self, FutureExt};
 use futures_lite::stream::{self, Stream, StreamExt};
 use nix::sys::signal::{SIGINT, SIGTERM, SigSet};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -35,7 +35,8 @@ use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::BorrowedFd;
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, acceptfrom_with, listen};
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{self, AddressFamily, Shutdown, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
 use smol::{Async, LocalExecutor, Task, Timer};
@@ -73,35 +74,34 @@ const TASKS_A_TURN: usize = 200;
 
 /// Serves until a signal ends it or stdout fails, the error being the sentence to print.
 fn serve(options: Options) -> Result<(), String> {
-    let signals = Signals::block().map_err(|error| format!("cannot wait for signals: {error}"))?;
+    let signals = Signals::block().map_err(|error| format!("cannot wait for signals: {}", reason(error)))?;
     raise_descriptor_limit();
     smol::block_on(async {
         let address = options.address;
-        let listener = bind(address).map_err(|error| format!("cannot listen on {address}: {error}"))?;
+        let listener =
+            bind(address).map_err(|error| format!("cannot listen on {address}: {}", reason(error)))?;
         // Tasks borrow the server for as long as the process lives.
         let server: &'static Server = Box::leak(Box::new(Server::new(options)));
-        server.log.line(format_args!("Serving on {}", listener.get_ref().local_addr().unwrap_or(address)));
+        server.log.line(format_args!("Serving on {}", local_address(&listener).unwrap_or(address)));
 
-        let executor = &server.executor;
-        let served = executor.spawn(server.serve(listener, signals));
-        executor.spawn(server.close_the_idle()).detach();
-        executor.spawn(observe(server, served)).detach();
-        let written = executor.spawn(server.log.write());
+        let served = server.spawn(server.serve(listener, signals));
+        server.spawn(server.close_the_idle()).detach();
+        server.spawn(observe(server, served)).detach();
+        let written = server.spawn(server.log.write());
         // What `executor.run` does, without its queues for work stealing (3 kB).
         let run = async {
             loop {
                 for _ in 0..TASKS_A_TURN {
-                    executor.tick().await;
+                    server.executor.tick().await;
                 }
                 future::yield_now().await;
             }
         };
-        match future::or(written, run).await {
-            Err(error) if error != Errno::PIPE => {
-                Err(format!("cannot write to stdout: {}", io::Error::from(error)))
-            }
+        future::or(written, run).await;
+        match server.log.failed.get() {
             // The reader of a closed pipe has seen what it wanted.
-            _ => Ok(()),
+            None | Some(Errno::PIPE) => Ok(()),
+            Some(error) => Err(format!("cannot write to stdout: {}", reason(error))),
         }
     })
 }
@@ -153,13 +153,13 @@ A TCP server whose lines become a debounced event stream.
 ";
 
 /// What the command line asks for.
-enum Command {
+pub enum Command {
     Serve(Options),
     Health(SocketAddr),
     Print(&'static str),
 }
 
-struct Options {
+pub struct Options {
     address: SocketAddr,
     /// Period of the clock.
     interval: Duration,
@@ -174,7 +174,7 @@ struct Options {
 
 impl Command {
     /// The error is a sentence that names the option as it was typed.
-    fn parse(mut args: lexopt::Parser) -> Result<Command, String> {
+    pub fn parse(mut args: lexopt::Parser) -> Result<Command, String> {
         use lexopt::Arg::{Long, Short, Value};
 
         let (mut ip, mut port) = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 8888);
@@ -256,12 +256,12 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 const GRACE: Duration = Duration::from_secs(5);
 
 /// What all tasks share. They run on one thread, so cells do where locks would cost.
-struct Server {
+pub struct Server {
     options: Options,
-    executor: LocalExecutor<'static>,
+    pub executor: LocalExecutor<'static>,
     /// Every line received, by whichever client.
-    lines: Subject<Vec<u8>>,
-    log: Log,
+    pub lines: Subject<Vec<u8>>,
+    pub log: Log,
     /// The clients that are connected, by descriptor.
     clients: RefCell<Vec<Option<Rc<Client>>>>,
     /// How many they are.
@@ -279,13 +279,27 @@ struct Server {
 /// Listens on an address, with as long a backlog as the kernel grants: std asks for 128, too few
 /// for a thousand clients at once.
 fn bind(address: SocketAddr) -> io::Result<Arc<Async<TcpListener>>> {
-    let listener = TcpListener::bind(address)?;
-    listen(&listener, i32::MAX)?;
-    Ok(async_net::TcpListener::try_from(listener)?.into())
+    let socket = net::socket(family(address), SocketType::STREAM, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    if address.is_ipv6() {
+        // `::` serves both families, whatever the system's default is.
+        sockopt::set_ipv6_v6only(&socket, false)?;
+    }
+    net::bind(&socket, &address)?;
+    net::listen(&socket, i32::MAX)?;
+    Ok(async_net::TcpListener::try_from(socket)?.into())
+}
+
+fn local_address(listener: &Async<TcpListener>) -> Option<SocketAddr> {
+    net::getsockname(listener).ok()?.try_into().ok()
+}
+
+fn family(address: SocketAddr) -> AddressFamily {
+    if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET }
 }
 
 impl Server {
-    fn new(options: Options) -> Server {
+    pub fn new(options: Options) -> Server {
         Server {
             log: Log::new(options.quiet),
             options,
@@ -300,6 +314,11 @@ impl Server {
         }
     }
 
+    /// Starts a task. All are of one type to the executor: each would bring its own code (4 kB).
+    fn spawn(&'static self, future: impl Future<Output = ()> + 'static) -> Task<()> {
+        self.executor.spawn(future.boxed_local())
+    }
+
     /// Accepts clients until the first signal, waits for those it has, and completes the subject.
     async fn serve(&'static self, listener: Arc<Async<TcpListener>>, signals: Signals) {
         future::or(self.accept(&listener), async {
@@ -307,7 +326,7 @@ impl Server {
         })
         .await;
         drop(listener);
-        self.executor.spawn(async move { process::exit(128 + signals.next().await) }).detach();
+        self.spawn(async move { process::exit(128 + signals.next().await) }).detach();
         self.drain().await;
         self.lines.complete();
     }
@@ -318,7 +337,7 @@ impl Server {
         let mut accepted: u32 = 0;
         loop {
             self.left.wait_until(|| self.connected.get() < self.options.max_conns).await;
-            match acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
+            match net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
                     if let Some(Ok(peer)) = peer.map(SocketAddr::try_from) {
                         self.welcome(socket.into(), peer);
@@ -334,7 +353,7 @@ impl Server {
                 Err(error) => {
                     if warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
                         warned = Some(Instant::now());
-                        complain(format_args!("cannot accept: {}; trying again", io::Error::from(error)));
+                        complain(format_args!("cannot accept: {}; trying again", reason(error)));
                     }
                     sleep(BACK_OFF).await;
                 }
@@ -343,7 +362,7 @@ impl Server {
     }
 
     /// Starts the task of a new client.
-    fn welcome(&'static self, socket: TcpStream, peer: SocketAddr) {
+    pub fn welcome(&'static self, socket: TcpStream, peer: SocketAddr) {
         let seat = socket.as_raw_fd() as usize;
         let client = Rc::new(Client {
             socket,
@@ -365,7 +384,7 @@ impl Server {
             self.connected.set(self.connected.get() - 1);
             self.left.notify_all();
         };
-        self.executor.spawn(task).detach();
+        self.spawn(task).detach();
     }
 
     /// Waits until every line is served, five seconds at most.
@@ -571,7 +590,7 @@ impl<'a> Connection<'a> {
         if self.buffer.is_empty() && !(self.more && self.try_read().is_ok_and(|count| count > 0)) {
             return;
         }
-        let _ = self.client.socket.shutdown(Shutdown::Write);
+        let _ = net::shutdown(&self.client.socket, Shutdown::Write);
         let read = async {
             let mut unwanted = 0;
             while unwanted <= self.server.options.max_line {
@@ -876,14 +895,16 @@ const AT_ONCE: usize = 4096;
 
 /// What goes to stdout. Tasks add whole lines; one task writes all that a turn of the executor
 /// has left, so that a batch costs one system call and a lone line still appears at once.
-struct Log {
+pub struct Log {
     quiet: bool,
-    text: RefCell<String>,
+    pub text: RefCell<String>,
     closing: Cell<bool>,
+    /// Why nothing can be written any more.
+    failed: Cell<Option<Errno>>,
     /// Notified when there is something to write.
     written: Condition,
     /// Notified when there is room again.
-    taken: Condition,
+    pub taken: Condition,
 }
 
 impl Log {
@@ -892,6 +913,7 @@ impl Log {
             quiet,
             text: RefCell::default(),
             closing: Cell::default(),
+            failed: Cell::default(),
             written: Condition::default(),
             taken: Condition::default(),
         }
@@ -948,21 +970,22 @@ impl Log {
         self.written.notify_all();
     }
 
-    /// Writes to stdout what is added, until the log is closed or stdout fails.
-    async fn write(&self) -> Result<(), Errno> {
+    /// Writes to stdout what is added, until the log is closed or stdout has failed.
+    async fn write(&self) {
         let mut io = None;
         loop {
-            let ready = || self.closing.get() || !self.text.borrow().is_empty();
-            self.written.wait_until(ready).await;
+            self.written.wait_until(|| self.closing.get() || !self.text.borrow().is_empty()).await;
             let text = self.text.take();
             if text.is_empty() {
-                return Ok(());
+                return;
             }
             self.taken.notify_all();
             let mut rest = text.as_bytes();
             while !rest.is_empty() {
-                let written = write_out(batch(rest), &mut io).await?;
-                rest = &rest[written..];
+                match write_out(batch(rest), &mut io).await {
+                    Ok(count) => rest = &rest[count..],
+                    Err(error) => return self.failed.set(Some(error)),
+                }
             }
         }
     }
@@ -995,6 +1018,17 @@ async fn write_out(bytes: &[u8], io: &mut Option<Async<BorrowedFd<'static>>>) ->
             *io = Some(Async::new_nonblocking(stdout()).map_err(failed)?);
         }
         poll_fn(|cx| io.as_ref().map_or(Poll::Pending, |io| io.poll_writable(cx))).await.map_err(failed)?;
+    }
+}
+
+/// What went wrong, in words: those of the standard library, as its `Display` for errors brings the
+/// C library's table of them all (3 kB).
+fn reason(error: impl Into<io::Error>) -> String {
+    let error = error.into();
+    match error.raw_os_error() {
+        Some(23 | 24) => String::from("no descriptor is free"),
+        Some(number) => format!("{} (error {number})", error.kind()),
+        None => error.kind().to_string(),
     }
 }
 
@@ -1040,7 +1074,7 @@ fn is_hostile(character: char) -> bool {
 
 /// Tasks that wait for a condition. Whoever changes what it depends on notifies them.
 #[derive(Default)]
-struct Condition(RefCell<Vec<Waker>>);
+pub struct Condition(RefCell<Vec<Waker>>);
 
 impl Condition {
     /// Ready if the condition `holds`; if not, the task is woken at the next notification.
@@ -1065,7 +1099,7 @@ impl Condition {
         self.wait_until(move || waited.replace(true))
     }
 
-    fn notify_all(&self) {
+    pub fn notify_all(&self) {
         for task in self.0.borrow_mut().drain(..) {
             task.wake();
         }
@@ -1109,15 +1143,21 @@ fn raise_descriptor_limit() {
 /// Connects as a client that sends nothing, and expects the server's task to close. That proves
 /// that the server accepts and serves, and it is no event. Within two seconds.
 fn probe(address: SocketAddr) -> Result<(), String> {
-    let limit = Duration::from_secs(1);
-    let answer = TcpStream::connect_timeout(&address, limit).and_then(|mut socket| {
-        socket.set_read_timeout(Some(limit))?;
-        socket.shutdown(Shutdown::Write)?;
-        socket.read(&mut [0])
-    });
-    match answer {
+    match connect_and_read(address) {
         Ok(0) => Ok(()),
         Ok(_) => Err(format!("{address} is another server")),
-        Err(error) => Err(format!("{address} is not healthy: {error}")),
+        Err(Errno::AGAIN | Errno::INPROGRESS) => Err(format!("{address} is not healthy: it does not answer")),
+        Err(error) => Err(format!("{address} is not healthy: {}", reason(error))),
     }
+}
+
+fn connect_and_read(address: SocketAddr) -> Result<usize, Errno> {
+    let socket = net::socket(family(address), SocketType::STREAM, None)?;
+    // Linux: the limit for sending is the one for connecting, too.
+    for limit in [Timeout::Send, Timeout::Recv] {
+        sockopt::set_socket_timeout(&socket, limit, Some(Duration::from_secs(1)))?;
+    }
+    net::connect(&socket, &address)?;
+    net::shutdown(&socket, Shutdown::Write)?;
+    rustix::io::read(&socket, &mut [0])
 }
