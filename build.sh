@@ -1,0 +1,134 @@
+#!/usr/bin/env bash
+# Builds the images; `./build.sh --help` says how.
+set -euo pipefail
+
+usage() {
+  cat <<HELP
+Usage: ./build.sh [COMMAND]
+Builds smolrx's image. It needs Docker alone and works from any directory.
+
+  (none)     build the builder, and the image from the stream that it writes
+  compare    build the Python baseline as well, and print a table of the sizes
+  push       build the image and push it
+  ladder     rebuild the binary switch by switch, and print what each saves (a while)
+  bill       print where the bytes of the binary come from
+  --help     print this
+
+Settings are environment variables, here with their values:
+
+  DOCKER             $DOCKER
+  IMAGE              $IMAGE
+  RUST_IMAGE         $RUST_IMAGE
+  PYTHON_IMAGE       $PYTHON_IMAGE
+  PYTHON_SLIM_IMAGE  $PYTHON_SLIM_IMAGE
+HELP
+}
+
+# ---------------------------------------------------------------- settings
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# What a Dockerfile says an argument is when nobody sets it.
+default() { sed -n "s/^ARG $1=//p" "$here/$2"; }
+
+export DOCKER=${DOCKER:-docker}
+export IMAGE=${IMAGE:-smolrx}
+export RUST_IMAGE=${RUST_IMAGE:-$(default RUST_IMAGE Dockerfile)}
+export PYTHON_IMAGE=${PYTHON_IMAGE:-$(default PYTHON_IMAGE baseline/Dockerfile)}
+export PYTHON_SLIM_IMAGE=${PYTHON_SLIM_IMAGE:-$(default PYTHON_SLIM_IMAGE baseline/Dockerfile)}
+export BUILDAH_FORMAT=docker # podman's own format has no HEALTHCHECK
+
+builder=smolrx-builder
+python_builder=smolrx-python-builder
+python_image=smolrx-python
+
+# ---------------------------------------------------------------- commands
+
+build_builder() { "$DOCKER" build --target builder --build-arg RUST_IMAGE -t "$builder" "$here"; }
+
+build() {
+  build_builder
+  "$DOCKER" run --rm "$builder" | "$DOCKER" build -t "$IMAGE" -
+}
+
+build_baseline() {
+  "$DOCKER" build --target builder --build-arg PYTHON_IMAGE -t "$python_builder" "$here/baseline"
+  "$DOCKER" run --rm "$python_builder" |
+    "$DOCKER" build --build-arg PYTHON_SLIM_IMAGE -t "$python_image" -
+}
+
+how_to_run() {
+  printf '\n%s: %s bytes\n' "$IMAGE" "$(bytes "$IMAGE")"
+  printf 'Try it:  %s run --rm -it -p 8888:8888 %s\n' "$DOCKER" "$IMAGE"
+  printf '         echo foo | nc localhost 8888\n'
+}
+
+# One row an image, largest first: bytes, the same for people, how many times smaller, a bar.
+compare() {
+  local image
+  for image in "$python_builder" "$builder" "$python_image" "$IMAGE"; do
+    printf '%s\t%s\n' "$image" "$(bytes "$image")"
+  done | sort -t $'\t' -k 2,2nr | awk -F '\t' -v reference="$python_builder" -v pex="$python_image" '
+    { name[NR] = $1; size[NR] = $2; of[$1] = $2 }
+
+    function human(n,  unit) {
+      for (unit = 1; n >= 1000 && unit < 4; unit++) n /= 1000
+      return sprintf(n < 10 && unit > 1 ? "%.1f %s" : "%.0f %s", n, substr("B kBMBGB", 2 * unit - 1, 2))
+    }
+    function times(n) { return n > 1 ? sprintf(n < 10 ? "%.1f" : "%.0f", n) : "" }
+    function bar(n,  text) {
+      for (n = 30 * n / size[1]; n >= 1; n--) text = text "█"
+      return text (text == "" ? "▏" : "")
+    }
+
+    END {
+      row = "%-22s %13s  %7s  %14s  %9s  %s\n"
+      print ""
+      printf "%71s\n", "times smaller than"
+      printf row, "image", "bytes", "size", "Python builder", "pex image", ""
+      for (i = 1; i <= NR; i++)
+        printf row, name[i], size[i], human(size[i]), times(of[reference] / size[i]), times(of[pex] / size[i]), bar(size[i])
+    }'
+  printf '\nBase images: %s for %s,\n%s for %s, %s for %s; nothing for %s.\n' \
+    "$RUST_IMAGE" "$builder" "$PYTHON_IMAGE" "$python_builder" "$PYTHON_SLIM_IMAGE" "$python_image" "$IMAGE"
+}
+
+# What each size switch saves: the builder climbs, this draws.
+ladder() {
+  "$DOCKER" run --rm "$builder" sh benches/ladder.sh | awk -F '\t' '
+    function bar(n,  text) {
+      for (n = 30 * n / first; n >= 1; n--) text = text "█"
+      return text (text == "" ? "▏" : "")
+    }
+    NR == 1 { first = before = $1; printf "%-52s %9s %9s\n", "switch", "bytes", "saved" }
+    { printf "%-52s %9d %9d  %s\n", $2, $1, before - $1, bar($1); before = $1; fflush() }'
+}
+
+# Where the bytes come from, largest first.
+bill() {
+  "$DOCKER" run --rm "$builder" sh benches/bill.sh | sort -k 1,1nr
+}
+
+# ---------------------------------------------------------------- helpers
+
+bytes() { "$DOCKER" image inspect --format '{{.Size}}' "$1"; }
+
+die() { echo "build.sh: $*" >&2; exit 1; }
+
+need_docker() {
+  command -v "$DOCKER" >/dev/null || die "there is no $DOCKER here; install it, or set DOCKER to another client, such as podman"
+  "$DOCKER" info >/dev/null 2>&1 || die "$DOCKER is installed, but its engine does not answer; is it started, may you use it?"
+}
+
+# -------------------------------------------------------------------- main
+
+[ $# -le 1 ] || die "one command at most; see ./build.sh --help"
+case ${1-} in
+  '')          need_docker; build; how_to_run ;;
+  compare)     need_docker; build; build_baseline; compare ;;
+  push)        need_docker; build; "$DOCKER" push "$IMAGE" ;;
+  ladder)      need_docker; build_builder; ladder ;;
+  bill)        need_docker; build_builder; bill ;;
+  -h | --help) usage ;;
+  *)           die "there is no command $1; see ./build.sh --help" ;;
+esac

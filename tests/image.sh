@@ -1,0 +1,289 @@
+#!/usr/bin/env bash
+# Tests the image as people run it.
+#
+#   tests/image.sh [--rebuild] [IMAGE [BUILDER]]     # smolrx and smolrx-builder, as build.sh names them
+#
+# --rebuild builds it anew in every way there is, minutes each: all must give the same binary.
+# Needs bash, nc, script (of util-linux) and a Docker engine; DOCKER, RUST_IMAGE and BUDGET (the most bytes
+# that the image may have) are settings.
+#
+# A check is a function. It fails with the first command of it that does, or when its time is over, and what
+# it printed is shown then.
+set -uo pipefail
+
+rebuild=
+if [ "${1-}" = --rebuild ]; then rebuild=yes; shift; fi
+image=${1:-smolrx}
+builder=${2:-smolrx-builder}
+docker=${DOCKER:-docker}
+budget=${BUDGET:-130000}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# A clock and a debounce so slow that only the flush at the end is observed.
+calm=(--interval 600000)
+
+# Containers are taken away by the ids that Docker leaves in files; images by tags of our own, as an id may well
+# be that of an image which was here before.
+work=$(mktemp -d)
+tag=smolrx-test-$$
+clean_up() {
+  local file
+  for file in "$work"/*.cid; do if [ -s "$file" ]; then "$docker" rm -f "$(cat "$file")"; fi; done
+  "$docker" rmi "$tag:stream" "$tag:classic" "$tag:clean" "$tag:buildkit"
+  rm -rf "$work"
+}
+trap 'clean_up > /dev/null 2>&1' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# ----------------------------------------------------------------- helpers
+
+passed=0
+failed=0
+
+# SECONDS FUNCTION WHAT: runs the function in a shell of its own, for so long at the most.
+check() {
+  local checker timer status
+  (set -ex; "$2") > "$work/log" 2>&1 &
+  checker=$!
+  sleep "$1" &
+  timer=$!
+  wait -n "$checker" "$timer"
+  status=$?
+  if kill "$timer" 2> /dev/null; then wait "$timer"; else kill "$checker"; wait "$checker"; status=1; fi 2> /dev/null
+  if [ "$status" = 0 ]; then
+    echo "ok - $3"
+    passed=$((passed + 1))
+  else
+    echo "not ok - $3"
+    sed 's/^/#   /' "$work/log" | tail -n 25
+    failed=$((failed + 1))
+  fi
+}
+
+# Tries until it succeeds; the check's time is the limit.
+until_true() {
+  { set +x; } 2> /dev/null
+  until "$@" > /dev/null 2>&1; do sleep 0.1; done
+  set -x
+}
+
+# NAME [DOCKER-OPTION]...: starts a container, known by this name from then on, and waits until it serves.
+start() {
+  "$docker" run -d --cidfile "$work/$1.cid" "${@:2}" "$image" "${calm[@]}"
+  until_true says "$1" 'Serving on 0.0.0.0:8888'
+}
+
+id() { cat "$work/$1.cid"; }
+logs() { "$docker" logs "$(id "$1")" 2>&1; }
+of() { "$docker" inspect --format "$2" "$(id "$1")"; }                     # NAME TEMPLATE
+port() { "$docker" port "$(id "$1")" 8888 | sed -n '1s/.*://p'; }
+says() { logs "$1" | tr -d '\r' | grep -x "$2"; }                          # NAME PATTERN, of a whole line
+echoes() { [ "$(echo "$2" | timeout 10 nc 127.0.0.1 "$(port "$1")")" = "$2" ]; } # NAME TEXT
+has_ended() { [ "$(of "$1" '{{.State.Status}}')" = exited ]; }
+is_healthy() { [ "$(of "$1" '{{.State.Health.Status}}')" = "$2" ]; }       # NAME STATUS
+
+# NAME IMAGE PATH: the checksum of a file in an image.
+binary() {
+  rm -f "$work/$1.cid"
+  "$docker" create --cidfile "$work/$1.cid" "$2" > /dev/null
+  "$docker" cp "$(id "$1"):$3" - | tar -xO | sha256sum
+  "$docker" rm "$(id "$1")" > /dev/null
+}
+
+# NAME: stops the container, which must end well, in under two seconds, and flush the event that is pending.
+stops() {
+  local before=${EPOCHREALTIME/./} event=$2
+  "$docker" stop "$(id "$1")"
+  [ $((${EPOCHREALTIME/./} - before)) -lt 2000000 ]
+  [ "$(of "$1" '{{.State.ExitCode}}')" = 0 ]
+  [ "$(logs "$1" | tail -n 1)" = "Observing $event" ]
+}
+
+# ------------------------------------------------------------ what it holds
+
+fits() { [ "$("$docker" image inspect --format '{{.Size}}' "$image")" -le "$budget" ]; }
+
+# Whatever way an engine saves an image, its layers are tar files and the rest of it is not.
+one_file() {
+  mkdir "$work/saved"
+  "$docker" save "$image" | tar -x -C "$work/saved"
+  files=$(find "$work/saved" -type f -exec sh -c 'tar -tf "$1" 2> /dev/null || true' - {} \;)
+  [ "$files" = smolrx ]
+}
+
+# An ELF file of type DYN that runs where there is no other file is a static-pie; without section headers it
+# has no symbols.
+static_pie() {
+  "$docker" run --rm "$builder" cat /image/smolrx > "$work/smolrx"
+  half_word() { od -A n -t u2 -j "$1" -N 2 "$work/smolrx" | tr -d ' '; }
+  [ "$(half_word 16)" = 3 ]
+  [ "$(half_word 60)" = 0 ]
+}
+
+declares() {
+  config() { "$docker" image inspect --format "{{json .Config.$1}}" "$image"; }
+  config User | grep -E '^"[1-9][0-9]*(:[0-9]+)?"$'
+  [ "$(config ExposedPorts)" = '{"8888/tcp":{}}' ]
+  [ "$(config StopSignal)" = '"SIGTERM"' ]
+  [ "$(config Entrypoint)" = '["/smolrx"]' ]
+  config Healthcheck.Test | grep -F '"CMD","/smolrx","--health"'
+  config Labels | grep -F org.opencontainers.image.title
+}
+
+takes_options() {
+  "$docker" run --rm "$image" --version | grep '^smolrx '
+  status=0
+  "$docker" run --rm "$image" --nonsense || status=$?
+  [ "$status" = 2 ]
+}
+
+# ------------------------------------------------------------- how it runs
+
+echoes_a_line() {
+  start echo -p 127.0.0.1::8888
+  echoes echo foo
+  until_true says echo 'Close the client socket'
+  says echo 'Received foo from [0-9.]*:[0-9]*'
+  says echo 'Send: foo'
+}
+
+stops_in_time() {
+  start stop -p 127.0.0.1::8888
+  echoes stop foo
+  stops stop foo
+}
+
+ctrl_c() {
+  exec 3> >(timeout 60 script -qec "$docker run -it --cidfile $work/tty.cid $image ${calm[*]}" /dev/null)
+  until_true says tty 'Serving on 0.0.0.0:8888'
+  printf '\003' >&3
+  until_true has_ended tty
+  [ "$(of tty '{{.State.ExitCode}}')" = 0 ]
+  says tty '\(\^C\)\?Observing 0' # the terminal echoes the key
+}
+
+health() {
+  start health --health-interval 1s --health-retries 1
+  until_true is_healthy health healthy
+  "$docker" kill --signal STOP "$(id health)"
+  until_true is_healthy health unhealthy
+  "$docker" kill --signal CONT "$(id health)"
+  until_true is_healthy health healthy
+  [ "$(logs health)" = 'Serving on 0.0.0.0:8888' ] # a probe leaves no trace
+}
+
+hardened() {
+  start hardened --read-only --cap-drop ALL --security-opt no-new-privileges --user 12345 --network none
+  "$docker" exec "$(id hardened)" /smolrx --health
+  stops hardened 0
+}
+
+# All of them are connected before the first one sends.
+thousand_clients() {
+  local clients=1000 socket sockets=() i=0
+  start small --memory 6m --memory-swap 6m --pids-limit 8 -p 127.0.0.1::8888
+  port=$(port small)
+  set +x
+  ulimit -n 2048
+  while [ "${#sockets[@]}" -lt "$clients" ]; do
+    exec {socket}<> "/dev/tcp/127.0.0.1/$port"
+    sockets+=("$socket")
+  done
+  for socket in "${sockets[@]}"; do
+    echo "line $((++i))" >&"$socket"
+  done
+  i=0
+  for socket in "${sockets[@]}"; do
+    read -r line <&"$socket"
+    [ "$line" = "line $((++i))" ]
+  done
+  set -x
+  [ "$(logs small | grep -c '^Received line [0-9]* from ')" = "$clients" ]
+  [ "$(of small '{{.State.Running}} {{.State.OOMKilled}} {{.RestartCount}}')" = 'true false 0' ]
+}
+
+# ---------------------------------------------------- how it is transported
+
+stream() { "$docker" run --rm "$builder"; }
+
+stream_is_deterministic() { [ "$(stream | sha256sum)" = "$(stream | sha256sum)" ]; }
+
+stream_is_in_order() {
+  stream | tar -tv --numeric-owner --utc | awk '{ print $1, $2, $4, $6 }' | diff - <(
+    echo '-rw-r--r-- 0/0 1970-01-01 Dockerfile'
+    echo '-rwxr-xr-x 0/0 1970-01-01 smolrx'
+  )
+}
+
+# The image has the builder's binary, and the two Dockerfiles say the same of it.
+stream_is_the_image() {
+  stream | "$docker" build -t "$tag:stream" -
+  is_the_same stream
+}
+
+# NAME: the image built under this tag has the binary and the declarations of the one under test.
+is_the_same() {
+  [ "$(binary "$1" "$tag:$1" /smolrx)" = "$(binary shipped "$image" /smolrx)" ]
+  [ "$(declared "$tag:$1")" = "$(declared "$image")" ]
+}
+
+declared() {
+  "$docker" image inspect --format '{{with .Config}}{{json .User}} {{json .ExposedPorts}} {{json .StopSignal}}
+    {{json .Entrypoint}} {{json .Cmd}} {{json .Healthcheck}} {{json .Labels}}{{end}}' "$1"
+}
+
+# -------------------------------------------------------- built once more
+
+classic_build() {
+  DOCKER_BUILDKIT=0 "$docker" build --build-arg RUST_IMAGE -t "$tag:classic" "$here"
+  is_the_same classic
+}
+
+clean_build() {
+  DOCKER_BUILDKIT=0 "$docker" build --no-cache --target builder --build-arg RUST_IMAGE -t "$tag:clean" "$here"
+  [ "$(binary clean "$tag:clean" /image/smolrx)" = "$(binary shipped "$image" /smolrx)" ]
+}
+
+# The first client here that can build with BuildKit.
+buildkit_client() {
+  local client
+  for client in $(type -ap "$docker"); do
+    if echo 'FROM scratch' | DOCKER_BUILDKIT=1 "$client" build -q - > /dev/null 2>&1; then echo "$client"; return; fi
+  done
+}
+
+buildkit_build() {
+  DOCKER_BUILDKIT=1 "$(buildkit_client)" build --build-arg RUST_IMAGE -t "$tag:buildkit" "$here"
+  is_the_same buildkit
+}
+
+# -------------------------------------------------------------------- main
+
+check  20 fits                    "the image has at most $budget bytes"
+check  30 one_file                "the image holds exactly one file"
+check  20 static_pie              "which is a static-pie, stripped"
+check  10 declares                "user, port, stop signal, health check, labels and entry point"
+check  20 takes_options           "options follow the image's name"
+check  30 echoes_a_line           "docker run -p, and nc"
+check  30 stops_in_time           "docker stop: in under two seconds, exit code 0, the pending event observed"
+check  30 ctrl_c                  "Ctrl-C on docker run -it"
+check  60 health                  "healthy; unhealthy when wedged; healthy again"
+check  30 hardened                "hardened: read-only, no capabilities, any user, no network"
+check 120 thousand_clients        "a thousand clients at once in 6 MB and 8 tasks"
+check  30 stream_is_deterministic "the builder's stream is the same each time"
+check  20 stream_is_in_order      "the stream's files: sorted, nobody's, without a time"
+check  60 stream_is_the_image     "the image is what the stream builds"
+
+if [ "$rebuild" ]; then
+  check 1200 classic_build        "docker build . gives the same binary"
+  check 1200 clean_build          "so does a clean build"
+  if [ "$(buildkit_client)" ]; then
+    check 1200 buildkit_build     "so does BuildKit"
+  else
+    echo "skipped - BuildKit: no $docker here builds with it"
+  fi
+fi
+
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]
