@@ -291,12 +291,12 @@ fn client_that_leaves_before_the_echo() {
 fn client_that_never_reads_is_freed() {
     let mut server = Server::start(&calm(&["--keep-open", "--timeout", "1500"]));
     server.echo("warm-up\n");
-    let (before, memory) = (server.descriptors(), server.resident_kb());
+    let (before, memory) = (server.descriptors(), server.memory_kb());
     let mut floods: Vec<Flood> =
         (0..4).map(|_| Flood::new(Client::with_small_window(server.loopback()), false)).collect();
     Flood::pump_until_stalled(&mut floods, ms(300));
     server.echo("neighbour\n");
-    let grown = server.resident_kb().saturating_sub(memory);
+    let grown = server.memory_kb().saturating_sub(memory);
     assert!(grown <= 1024, "{grown} kB more for four connections");
     eventually(PATIENCE, "they are freed", || server.descriptors() == before);
     server.echo("last\n");
@@ -307,14 +307,14 @@ fn client_that_never_reads_is_freed() {
 fn stalled() -> (Server, Vec<Flood>) {
     let server = Server::start(&calm(&["--keep-open"]));
     server.echo("warm-up\n");
-    let memory = server.resident_kb();
+    let memory = server.memory_kb();
     server.stdout.pause();
     let mut floods: Vec<Flood> = (0..8).map(|_| Flood::new(server.connect(), true)).collect();
     let start = Instant::now();
     Flood::pump_until_stalled(&mut floods, ms(1000));
     let stall = Duration::from_secs(form("SMOLRX_STALL", 2, 10));
     thread::sleep(stall.saturating_sub(start.elapsed()));
-    let grown = server.resident_kb().saturating_sub(memory);
+    let grown = server.memory_kb().saturating_sub(memory);
     assert!(grown <= 2048, "{grown} kB more for eight connections");
     (server, floods)
 }
@@ -608,14 +608,20 @@ fn soak_leaves_nothing_behind() {
     let mut server =
         Server::start(&["--interval", "50", "--keep-open", "--timeout", "400", "--max-line", "4096"]);
     let rest = server.descriptors();
-    abuse(&server, Duration::from_secs(2)); // until every buffer has been used once
+    // Until every buffer has had its largest size, and the allocator keeps no more than it does.
+    let mut memory = 0;
+    eventually(Duration::from_secs(30), "its memory stops growing", || {
+        abuse(&server, Duration::from_secs(1));
+        let before = std::mem::replace(&mut memory, server.memory_kb());
+        memory <= before
+    });
     eventually(PATIENCE, "no descriptor is left", || server.descriptors() == rest);
-    let (memory, threads) = (server.resident_kb(), server.threads());
+    let threads = server.threads();
 
     let conversations = abuse(&server, Duration::from_secs(form("SMOLRX_SOAK", 5, 600)));
     eventually(PATIENCE, "no descriptor is left", || server.descriptors() == rest);
     eventually(PATIENCE, "no thread is left", || server.threads() <= threads);
-    let after = server.resident_kb();
+    let after = server.memory_kb();
     println!("{conversations} connections, {memory} kB before, {after} kB after");
     assert!(after <= memory + 64, "{memory} kB before, {after} kB after {conversations} connections");
     server.echo("last\n");

@@ -512,7 +512,7 @@ fn longer_line_is_refused() {
 fn endless_line_is_cut_at_the_limit() {
     let mut server = Server::start(&calm(&["--keep-open"]));
     server.echo("z".repeat(65535) + "\n");
-    let before = server.resident_kb();
+    let before = server.memory_kb();
     let mut client = server.connect();
     let endless = vec![b'x'; 1 << 20];
     use std::io::Write;
@@ -524,7 +524,7 @@ fn endless_line_is_cut_at_the_limit() {
     client.until_closed();
     let sentence = format!("smolrx: line from 127.0.0.1:{} is longer than 65536 bytes", client.port());
     server.stderr.wait_for(&sentence);
-    let grown = server.resident_kb().saturating_sub(before);
+    let grown = server.memory_kb().saturating_sub(before);
     assert!(grown <= 256, "{grown} kB more");
     assert_eq!(server.stop().stderr, [sentence]);
 }

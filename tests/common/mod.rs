@@ -54,6 +54,8 @@ pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) 
 pub fn program(options: &[&str]) -> Command {
     let mut command = Command::new(binary());
     command.args(options);
+    // glibc: no second arena for the second thread, which would grow at a time of its own.
+    command.env("MALLOC_ARENA_MAX", "1");
     command
 }
 
@@ -169,10 +171,10 @@ impl Process {
         line.unwrap_or_else(|| panic!("no {name} in {file}:\n{text}"))[name.len()..].trim().into()
     }
 
-    /// Resident memory, in kilobytes.
-    pub fn resident_kb(&self) -> u64 {
-        // Unlike VmRSS, which newer kernels keep to within a few dozen pages only.
-        let field = self.proc_field("smaps_rollup", "Rss:");
+    /// Memory that the program holds, in kilobytes: not the pages of its own file, which come as its code
+    /// is used and which the kernel may take back.
+    pub fn memory_kb(&self) -> u64 {
+        let field = self.proc_field("smaps_rollup", "Anonymous:");
         field.trim_end_matches(" kB").parse().unwrap()
     }
 
