@@ -617,9 +617,11 @@ impl<'a> Connection<'a> {
         let ready = poll_ready(io, cx);
         if ready.is_ready() {
             client.deadline.set(None);
-        } else if client.deadline.get().is_none() {
+            return ready;
+        }
+        client.task.set(Some(cx.waker().clone()));
+        if client.deadline.get().is_none() {
             client.deadline.set(Some(Instant::now() + self.server.options.timeout));
-            client.task.set(Some(cx.waker().clone()));
             self.server.waiting.notify_all();
         }
         ready

@@ -1,11 +1,10 @@
 #!/bin/sh
-# Rebuilds the binary switch by switch, in the builder image: first the profile of Cargo.toml, then
-# .cargo/image.toml in its order. Prints a line a rung: bytes, a tab, the switch. `./build.sh ladder`
-# calls it and draws the table.
+# Rebuilds the binary switch by switch, in the builder image: first the profile of Cargo.toml, dynamic
+# on the toolchain's own standard library, then static on musl by .cargo/image.toml in its order. Prints
+# a line a rung: bytes, a tab, the switch. `./build.sh ladder` calls it and draws the table.
 set -eu
-target=$(uname -m)-unknown-linux-musl
-binary=target/$target/release/smolrx
-cargo="cargo build --quiet --locked --target $target"
+cargo="cargo build --quiet --locked"
+binary=target/release/smolrx
 profile=
 
 # NAME [SETTING]...: builds with these settings of the profile and those of the rungs before.
@@ -19,7 +18,7 @@ rung() {
 }
 
 $cargo
-printf '%s\t%s\n' "$(stat -c %s "target/$target/debug/smolrx")" "debug"
+printf '%s\t%s\n' "$(stat -c %s target/debug/smolrx)" "debug"
 rung "release, as cargo has it" opt-level=3 lto=false codegen-units=16 'panic="unwind"' strip=false
 rung "opt-level z" 'opt-level="z"'
 rung "LTO, one codegen unit" 'lto="fat"' codegen-units=1
@@ -27,9 +26,11 @@ rung "panic abort" 'panic="abort"'
 rung "strip" strip=true
 
 export RUSTC_BOOTSTRAP=1
-plain=$cargo
+target=$(uname -m)-unknown-linux-musl
+binary=target/$target/release/smolrx
+plain="$cargo --target $target"
 cargo="$plain -Zbuild-std=std,panic_abort"
-rung "standard library rebuilt"
+rung "static on musl, standard library rebuilt"
 cargo="$plain -Zbuild-std=std,panic_abort -Zbuild-std-features=optimize_for_size"
 rung "standard library optimized for size"
 cargo="$plain -Zbuild-std=std -Zbuild-std-features=optimize_for_size -Zpanic-immediate-abort"

@@ -743,6 +743,22 @@ fn stop_cuts_a_line_after_five_seconds() {
     trickle.join().unwrap();
 }
 
+/// So is a line whose client sends nothing any more.
+#[test]
+fn stop_cuts_a_silent_client_after_five_seconds() {
+    let mut server = Server::start(&CALM);
+    let mut client = server.connect();
+    client.send("never");
+    server_has_taken(&client);
+    let signalled = Instant::now();
+    server.signal(Signal::TERM);
+    let exit = server.exited(PATIENCE);
+    let elapsed = signalled.elapsed();
+    assert_eq!(exit.code, Some(0), "{exit:?}");
+    assert!((ms(4900)..ms(6000)).contains(&elapsed), "after {elapsed:?}");
+    assert!(!exit.stdout.iter().any(|line| line.starts_with("Received")), "{exit:?}");
+}
+
 /// A second signal ends it immediately, with 128 and the signal's number.
 #[test]
 fn second_signal_ends_it_immediately() {
