@@ -93,15 +93,17 @@ compare() {
     "$RUST_IMAGE" "$builder" "$PYTHON_IMAGE" "$python_builder" "$PYTHON_SLIM_IMAGE" "$python_image" "$IMAGE"
 }
 
-# What each size switch saves: the builder climbs, this draws.
+# What each size switch saves: the builder climbs, this draws. The bars start anew where the image's own target does.
 ladder() {
-  "$DOCKER" run --rm "$builder" sh benches/ladder.sh | awk -F '\t' '
-    function bar(n,  text) {
-      for (n = 30 * n / first; n >= 1; n--) text = text "█"
-      return text (text == "" ? "▏" : "")
-    }
-    NR == 1 { first = before = $1; printf "%-52s %9s %9s\n", "switch", "bytes", "saved" }
-    { printf "%-52s %9d %9d  %s\n", $2, $1, before - $1, bar($1); before = $1; fflush() }'
+  local bytes name bar first='' before=''
+  printf '%-58s %9s %9s\n' switch bytes saved
+  "$DOCKER" run --rm "$builder" sh benches/ladder.sh | while IFS=$'\t' read -r bytes name; do
+    [[ $name != static* ]] || first=$bytes
+    : "${first:=$bytes}" "${before:=$bytes}"
+    printf -v bar '%*s' $((30 * bytes / first)) ''
+    printf '%-58s %9d %9d  %s\n' "$name" "$bytes" $((before - bytes)) "${bar// /█}▏"
+    before=$bytes
+  done
 }
 
 # Where the bytes come from, largest first.
@@ -125,10 +127,10 @@ need_docker() {
 [ $# -le 1 ] || die "one command at most; see ./build.sh --help"
 case ${1-} in
   '')          need_docker; build; how_to_run ;;
-  compare)     need_docker; build; build_baseline; compare ;;
+  compare)     need_docker; { build; build_baseline; } >&2; compare ;;
   push)        need_docker; build; "$DOCKER" push "$IMAGE" ;;
-  ladder)      need_docker; build_builder; ladder ;;
-  bill)        need_docker; build_builder; bill ;;
+  ladder)      need_docker; build_builder >&2; ladder ;;
+  bill)        need_docker; build_builder >&2; bill ;;
   -h | --help) usage ;;
   *)           die "there is no command $1; see ./build.sh --help" ;;
 esac

@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
@@ -21,14 +22,14 @@ use std::os::fd::AsRawFd;
 use std::pin::{Pin, pin};
 use std::process::{self, ExitCode};
 use std::rc::Rc;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
+use async_executor::StaticLocalExecutor;
 use futures_lite::future::{self, FutureExt};
 use futures_lite::stream::{self, Stream, StreamExt};
-use nix::sys::signal::{SIGINT, SIGTERM, SigSet};
+use nix::sys::signal::{SIGINT, SIGPIPE, SIGTERM, SigSet};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pin_project_lite::pin_project;
 use rustix::buffer::spare_capacity;
@@ -36,10 +37,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::BorrowedFd;
 use rustix::io::Errno;
 use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{self, AddressFamily, Shutdown, SocketFlags, SocketType};
+use rustix::net::{self, AddressFamily, Shutdown, SocketAddrAny, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
-use smol::{Async, LocalExecutor, Task, Timer};
+use smol::{Async, Task, Timer};
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("smolrx runs on Linux; elsewhere, run its container image");
@@ -47,6 +48,8 @@ compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 // ---------------------------------------------------------------- the program
 
 fn main() -> ExitCode {
+    // With SIGPIPE blocked, writing to what nobody reads is an error, not the end. Blocking can't fail.
+    let _ = SigSet::from_iter([SIGPIPE]).thread_block();
     let outcome = match Command::parse(lexopt::Parser::from_env()) {
         Ok(Command::Serve(options)) => serve(options),
         Ok(Command::Health(address)) => probe(address),
@@ -78,11 +81,11 @@ fn serve(options: Options) -> Result<(), String> {
     raise_descriptor_limit();
     smol::block_on(async {
         let address = options.address;
-        let listener =
-            bind(address).map_err(|error| format!("cannot listen on {address}: {}", reason(error)))?;
+        let listener = bind(address)
+            .map_err(|error| format!("cannot listen on {}: {}", shown(address), reason(error)))?;
         // Tasks borrow the server for as long as the process lives.
         let server: &'static Server = Box::leak(Box::new(Server::new(options)));
-        server.log.line(format_args!("Serving on {}", local_address(&listener).unwrap_or(address)));
+        server.log.remark(&["Serving on ", &shown(local_address(&listener).unwrap_or(address))]);
 
         let served = server.spawn(server.serve(listener, signals));
         server.spawn(server.close_the_idle()).detach();
@@ -118,16 +121,14 @@ async fn observe(server: &'static Server, served: Task<()>) {
 
     while let Some(event) = events.next().await {
         poll_fn(|cx| server.log.poll_room(cx)).await;
-        server.log.observed(&event);
+        server.log.line(&["Observing ", &event]);
     }
     server.log.close();
 }
 
 /// What the operators work on: the line as text, stripped, safe to print.
 pub fn text_of(line: &[u8]) -> String {
-    let mut text = String::new();
-    escape(String::from_utf8_lossy(line).trim(), &mut text);
-    text
+    escaped(String::from_utf8_lossy(line).trim()).into_owned()
 }
 
 // ---------------------------------------------------------------- the options
@@ -185,7 +186,11 @@ impl Command {
             match args.next().map_err(sentence)? {
                 Some(Long("tcp-port")) => port = number(&mut args, "tcp-port", 0, 65_535)?,
                 Some(Long("interval")) => interval = number(&mut args, "interval", 10, u32::MAX)?,
-                Some(Long("bind")) => ip = value(&mut args, "bind", "an IPv4 or IPv6 address", |_| true)?,
+                Some(Long("bind")) => {
+                    let typed = value(&mut args)?;
+                    let address = typed.parse().ok();
+                    ip = address.ok_or_else(|| misfit("bind", "an IPv4 or IPv6 address", &typed))?;
+                }
                 Some(Long("keep-open")) => keep_open = true,
                 Some(Long("max-conns")) => max_conns = number(&mut args, "max-conns", 1, u32::MAX)?,
                 Some(Long("max-line")) => max_line = number(&mut args, "max-line", 1, u32::MAX - 1)?,
@@ -197,7 +202,8 @@ impl Command {
                     return Ok(Command::Print(concat!("smolrx ", env!("CARGO_PKG_VERSION"), "\n")));
                 }
                 Some(Value(word)) => return Err(format!("unexpected argument '{}'", word.to_string_lossy())),
-                Some(unknown) => return Err(sentence(unknown.unexpected())),
+                Some(Long(option)) => return Err(format!("unknown option '--{option}'")),
+                Some(Short(option)) => return Err(format!("unknown option '-{option}'")),
                 None => break,
             }
         }
@@ -219,21 +225,19 @@ impl Command {
 
 /// The whole number that follows an option.
 fn number(args: &mut lexopt::Parser, option: &str, min: u32, max: u32) -> Result<u32, String> {
-    let wanted = format!("a whole number from {min} to {max}");
-    value(args, option, &wanted, |number| (min..=max).contains(number))
+    let typed = value(args)?;
+    let number = typed.parse().ok().filter(|number| (min..=max).contains(number));
+    number.ok_or_else(|| misfit(option, &format!("a whole number from {min} to {max}"), &typed))
 }
 
-/// The value that follows an option, or the sentence that says what was `wanted`.
-fn value<T: FromStr>(
-    args: &mut lexopt::Parser,
-    option: &str,
-    wanted: &str,
-    fits: impl Fn(&T) -> bool,
-) -> Result<T, String> {
+/// What follows an option.
+fn value(args: &mut lexopt::Parser) -> Result<String, String> {
     let typed = args.value().map_err(sentence)?;
-    let typed = typed.to_string_lossy();
-    let value = typed.parse().ok().filter(fits);
-    value.ok_or_else(|| format!("option '--{option}' takes {wanted}, not '{typed}'"))
+    Ok(typed.to_string_lossy().into_owned())
+}
+
+fn misfit(option: &str, wanted: &str, typed: &str) -> String {
+    format!("option '--{option}' takes {wanted}, not '{typed}'")
 }
 
 /// lexopt's own sentences print values with `Debug`, which the image compiles away.
@@ -241,7 +245,6 @@ fn sentence(error: lexopt::Error) -> String {
     match error {
         lexopt::Error::MissingValue { option: Some(option) } => format!("option '{option}' needs a value"),
         lexopt::Error::UnexpectedValue { option, .. } => format!("option '{option}' takes no value"),
-        lexopt::Error::UnexpectedOption(option) => format!("unknown option '{option}'"),
         _ => String::from("unexpected argument"),
     }
 }
@@ -258,14 +261,14 @@ const GRACE: Duration = Duration::from_secs(5);
 /// What all tasks share. They run on one thread, so cells do where locks would cost.
 pub struct Server {
     options: Options,
-    pub executor: LocalExecutor<'static>,
+    pub executor: StaticLocalExecutor,
     /// Every line received, by whichever client.
     pub lines: Subject<Vec<u8>>,
     pub log: Log,
     /// The clients that are connected, by descriptor.
     clients: RefCell<Vec<Option<Rc<Client>>>>,
     /// How many they are.
-    connected: Cell<usize>,
+    pub connected: Cell<usize>,
     /// Notified when a client has left.
     left: Condition,
     /// Notified when a client has to be waited for.
@@ -278,16 +281,16 @@ pub struct Server {
 
 /// Listens on an address, with as long a backlog as the kernel grants: std asks for 128, too few
 /// for a thousand clients at once.
-fn bind(address: SocketAddr) -> io::Result<Arc<Async<TcpListener>>> {
+fn bind(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
     let socket = net::socket(family(address), SocketType::STREAM, None)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
     if address.is_ipv6() {
         // `::` serves both families, whatever the system's default is.
         sockopt::set_ipv6_v6only(&socket, false)?;
     }
-    net::bind(&socket, &address)?;
+    net::bind(&socket, &SocketAddrAny::from(address))?;
     net::listen(&socket, i32::MAX)?;
-    Ok(async_net::TcpListener::try_from(socket)?.into())
+    Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
 
 fn local_address(listener: &Async<TcpListener>) -> Option<SocketAddr> {
@@ -303,7 +306,7 @@ impl Server {
         Server {
             log: Log::new(options.quiet),
             options,
-            executor: LocalExecutor::new(),
+            executor: StaticLocalExecutor::new(),
             lines: Subject::default(),
             clients: RefCell::default(),
             connected: Cell::default(),
@@ -366,15 +369,14 @@ impl Server {
         let seat = socket.as_raw_fd() as usize;
         let client = Rc::new(Client {
             socket,
-            // An IPv4 client of an IPv6 socket is shown as what it is.
-            peer: SocketAddr::new(peer.ip().to_canonical(), peer.port()),
+            peer,
             deadline: Cell::default(),
             cut: Cell::default(),
             task: Cell::default(),
         });
         let mut clients = self.clients.borrow_mut();
-        if clients.len() <= seat {
-            clients.resize(seat + 1, None);
+        while clients.len() <= seat {
+            clients.push(None);
         }
         clients[seat] = Some(client.clone());
         self.connected.set(self.connected.get() + 1);
@@ -402,20 +404,22 @@ impl Server {
     async fn close_the_idle(&self) {
         loop {
             let now = Instant::now();
-            let next = Cell::new(None);
-            self.each_client(|client| match client.deadline.get() {
-                Some(deadline) if deadline <= now => client.cut(),
-                Some(deadline) if next.get().is_none_or(|next| deadline < next) => next.set(Some(deadline)),
-                _ => {}
-            });
-            match next.get() {
+            let mut next = None;
+            for client in self.clients.borrow().iter().flatten() {
+                match client.deadline.get() {
+                    Some(deadline) if deadline <= now => client.cut(),
+                    Some(deadline) if next.is_none_or(|next| deadline < next) => next = Some(deadline),
+                    _ => {}
+                }
+            }
+            match next {
                 Some(next) => drop(Timer::at(next.max(now + self.options.timeout / 8)).await),
                 None => self.waiting.wait().await,
             }
         }
     }
 
-    fn each_client(&self, visit: impl Fn(&Client)) {
+    fn each_client(&self, visit: fn(&Client)) {
         self.clients.borrow().iter().flatten().for_each(|client| visit(client));
     }
 
@@ -489,7 +493,7 @@ impl<'a> Connection<'a> {
         let mut searched = 0;
         // An error is a client that has reset the connection or was cut: its unfinished line is no line.
         while let Ok(count) = self.read().await {
-            let peer = self.client.peer.to_string();
+            let peer = shown(self.client.peer);
             let ended = count == 0;
             let mut end = 0;
             let last = loop {
@@ -515,7 +519,7 @@ impl<'a> Connection<'a> {
                 break;
             }
             if last {
-                if !ended {
+                if !ended && self.has_unread() {
                     // Boxed: it is rare, and every connection would hold its state (100 bytes).
                     Box::pin(self.linger()).await;
                 }
@@ -533,20 +537,20 @@ impl<'a> Connection<'a> {
         self.buffer.clear();
         self.release();
         if received {
-            self.server.log.closed();
+            self.server.log.remark(&["Close the client socket"]);
         }
     }
 
     /// Adds bytes to the buffer, waiting for them if there are none, and returns how many; 0 at the
     /// end of what the client sends, and when the server stops and the client is between two lines.
-    fn read(&mut self) -> impl Future<Output = io::Result<usize>> {
+    fn read(&mut self) -> impl Future<Output = Result<usize, Errno>> {
         poll_fn(|cx| {
             loop {
                 if self.more {
                     match self.try_read() {
                         Err(Errno::INTR) => continue,
                         Err(Errno::AGAIN) => {}
-                        result => return Poll::Ready(result.map_err(io::Error::from)),
+                        result => return Poll::Ready(result),
                     }
                 }
                 self.release();
@@ -568,7 +572,7 @@ impl<'a> Connection<'a> {
     }
 
     /// Sends the first bytes of the buffer back as they came, and forgets them.
-    fn echo(&mut self, end: usize) -> impl Future<Output = io::Result<()>> {
+    fn echo(&mut self, end: usize) -> impl Future<Output = Result<(), Errno>> {
         let mut sent = 0;
         poll_fn(move |cx| {
             while sent < end {
@@ -576,7 +580,7 @@ impl<'a> Connection<'a> {
                     Ok(count) => sent += count,
                     Err(Errno::INTR) => {}
                     Err(Errno::AGAIN) => ready!(self.poll_wait(cx, Async::poll_writable))?,
-                    Err(error) => return Poll::Ready(Err(error.into())),
+                    Err(error) => return Poll::Ready(Err(error)),
                 }
             }
             self.buffer.drain(..end);
@@ -584,12 +588,14 @@ impl<'a> Connection<'a> {
         })
     }
 
+    /// The client has sent more than was asked for.
+    fn has_unread(&mut self) -> bool {
+        !self.buffer.is_empty() || self.more && self.try_read().is_ok_and(|count| count > 0)
+    }
+
     /// Closing while bytes are unread would reset the connection, and the client might lose the
-    /// echo: so if it has sent more than was asked for, some of that is read first.
+    /// echo: so some of them are read first.
     async fn linger(&mut self) {
-        if self.buffer.is_empty() && !(self.more && self.try_read().is_ok_and(|count| count > 0)) {
-            return;
-        }
         let _ = net::shutdown(&self.client.socket, Shutdown::Write);
         let read = async {
             let mut unwanted = 0;
@@ -605,16 +611,16 @@ impl<'a> Connection<'a> {
     }
 
     /// Waits until the socket is ready; an error if the client was cut meanwhile.
-    fn poll_wait(&mut self, cx: &mut Context<'_>, poll_ready: PollReady<'a>) -> Poll<io::Result<()>> {
+    fn poll_wait(&mut self, cx: &mut Context<'_>, poll_ready: PollReady<'a>) -> Poll<Result<(), Errno>> {
         let client = self.client;
         if client.cut.get() {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            return Poll::Ready(Err(Errno::TIMEDOUT));
         }
         let io = match &mut self.io {
             Some(io) => io,
-            none => none.insert(Async::new_nonblocking(&client.socket)?),
+            none => none.insert(Async::new_nonblocking(&client.socket).map_err(errno)?),
         };
-        let ready = poll_ready(io, cx);
+        let ready = poll_ready(io, cx).map_err(errno);
         if ready.is_ready() {
             client.deadline.set(None);
             return ready;
@@ -921,43 +927,26 @@ impl Log {
         }
     }
 
-    fn line(&self, line: fmt::Arguments) {
-        if !self.quiet {
-            self.add(|text| text.push_str(&format!("{line}\n")));
-        }
-    }
-
     fn received(&self, line: &[u8], peer: &str) {
-        if self.quiet {
-            return;
+        if !self.quiet {
+            let line = String::from_utf8_lossy(line);
+            let line = escaped(without_ending(&line));
+            self.line(&["Received ", &line, " from ", peer, "\nSend: ", &line]);
         }
-        self.add(|text| {
-            text.push_str("Received ");
-            let start = text.len();
-            escape(without_ending(&String::from_utf8_lossy(line)), text);
-            let end = text.len();
-            text.push_str(" from ");
-            text.push_str(peer);
-            text.push_str("\nSend: ");
-            text.extend_from_within(start..end);
-            text.push('\n');
-        });
     }
 
-    fn closed(&self) {
-        self.line(format_args!("Close the client socket"));
+    /// A line that `--quiet` leaves out.
+    fn remark(&self, parts: &[&str]) {
+        if !self.quiet {
+            self.line(parts);
+        }
     }
 
-    fn observed(&self, event: &str) {
-        self.add(|text| {
-            text.push_str("Observing ");
-            text.push_str(event);
-            text.push('\n');
-        });
-    }
-
-    fn add(&self, add: impl FnOnce(&mut String)) {
-        add(&mut self.text.borrow_mut());
+    /// A line for everybody, from its parts.
+    fn line(&self, parts: &[&str]) {
+        let mut text = self.text.borrow_mut();
+        parts.iter().for_each(|part| text.push_str(part));
+        text.push('\n');
         self.written.notify_all();
     }
 
@@ -1015,23 +1004,34 @@ async fn write_out(bytes: &[u8], io: &mut Option<Async<BorrowedFd<'static>>>) ->
                 result => return result,
             }
         }
-        let failed = |error: io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
         if io.is_none() {
-            *io = Some(Async::new_nonblocking(stdout()).map_err(failed)?);
+            *io = Some(Async::new_nonblocking(stdout()).map_err(errno)?);
         }
-        poll_fn(|cx| io.as_ref().map_or(Poll::Pending, |io| io.poll_writable(cx))).await.map_err(failed)?;
+        poll_fn(|cx| io.as_ref().map_or(Poll::Pending, |io| io.poll_writable(cx))).await.map_err(errno)?;
     }
 }
 
-/// What went wrong, in words: those of the standard library, as its `Display` for errors brings the
-/// C library's table of them all (3 kB).
-fn reason(error: impl Into<io::Error>) -> String {
-    let error = error.into();
-    match error.raw_os_error() {
-        Some(23 | 24) => String::from("no descriptor is free"),
-        Some(number) => format!("{} (error {number})", error.kind()),
-        None => error.kind().to_string(),
-    }
+fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+}
+
+/// What went wrong, in words. The standard library's own, for every number, would cost 2 kB more.
+fn reason(error: Errno) -> String {
+    let words = match error {
+        Errno::ACCESS | Errno::PERM => "permission denied",
+        Errno::ADDRINUSE => "address in use",
+        Errno::ADDRNOTAVAIL => "address not available",
+        Errno::AFNOSUPPORT => "address family not supported",
+        Errno::CONNREFUSED => "connection refused",
+        Errno::CONNRESET => "connection reset",
+        Errno::DQUOT | Errno::FBIG | Errno::NOSPC => "no storage space",
+        Errno::HOSTUNREACH | Errno::NETUNREACH => "network unreachable",
+        Errno::INVAL => "invalid argument",
+        Errno::MFILE | Errno::NFILE => "no descriptor is free",
+        Errno::NOBUFS | Errno::NOMEM => "out of memory",
+        _ => "unexpected",
+    };
+    format!("{words} (error {})", error.raw_os_error())
 }
 
 fn is_writable(fd: BorrowedFd) -> bool {
@@ -1046,13 +1046,24 @@ fn complain(sentence: fmt::Arguments) {
     }
 }
 
+/// An address as the log and the sentences have it: an IPv4 client of an IPv6 socket is an IPv4 client.
+/// `SocketAddr`'s own `Display` also pads, which would cost 1.5 kB.
+fn shown(address: SocketAddr) -> String {
+    let port = address.port();
+    match address.ip().to_canonical() {
+        IpAddr::V4(ip) => format!("{ip}:{port}"),
+        IpAddr::V6(ip) => format!("[{ip}]:{port}"),
+    }
+}
+
 fn without_ending(line: &str) -> &str {
     line.strip_suffix("\r\n").or(line.strip_suffix('\n')).unwrap_or(line)
 }
 
-/// Adds text so that it stays one line and can't talk to the terminal: what could do either is
-/// shown as Rust writes it, `\u{1b}` for ESC.
-fn escape(text: &str, out: &mut String) {
+/// Text that stays one line and can't talk to the terminal: what could do either is shown as Rust
+/// writes it, `\u{1b}` for ESC.
+fn escaped(text: &str) -> Cow<'_, str> {
+    let mut out = String::new();
     let mut rest = text;
     while let Some(start) = rest.find(is_hostile) {
         out.push_str(&rest[..start]);
@@ -1060,7 +1071,11 @@ fn escape(text: &str, out: &mut String) {
         out.extend(characters.next().into_iter().flat_map(char::escape_default));
         rest = characters.as_str();
     }
+    if out.is_empty() {
+        return Cow::Borrowed(text);
+    }
     out.push_str(rest);
+    Cow::Owned(out)
 }
 
 /// Control characters, and those that break lines or reorder them (Unicode's bidi controls).
@@ -1117,11 +1132,12 @@ struct Signals(Async<SignalFd>);
 
 impl Signals {
     /// To be called before the first thread is started: threads inherit what is blocked.
-    fn block() -> io::Result<Signals> {
+    fn block() -> Result<Signals, Errno> {
         let mask = SigSet::from_iter([SIGINT, SIGTERM]);
-        mask.thread_block()?;
-        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Signals(Async::new_nonblocking(signals)?))
+        let _ = mask.thread_block();
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+            .map_err(|error| errno(error.into()))?;
+        Ok(Signals(Async::new_nonblocking(signals).map_err(errno)?))
     }
 
     /// The number of the next signal.
@@ -1145,11 +1161,12 @@ fn raise_descriptor_limit() {
 /// Connects as a client that sends nothing, and expects the server's task to close. That proves
 /// that the server accepts and serves, and it is no event. Within two seconds.
 fn probe(address: SocketAddr) -> Result<(), String> {
+    let server = shown(address);
     match connect_and_read(address) {
         Ok(0) => Ok(()),
-        Ok(_) => Err(format!("{address} is another server")),
-        Err(Errno::AGAIN | Errno::INPROGRESS) => Err(format!("{address} is not healthy: it does not answer")),
-        Err(error) => Err(format!("{address} is not healthy: {}", reason(error))),
+        Ok(_) => Err(format!("{server} is another server")),
+        Err(Errno::AGAIN | Errno::INPROGRESS) => Err(format!("{server} is not healthy: it does not answer")),
+        Err(error) => Err(format!("{server} is not healthy: {}", reason(error))),
     }
 }
 
@@ -1159,7 +1176,7 @@ fn connect_and_read(address: SocketAddr) -> Result<usize, Errno> {
     for limit in [Timeout::Send, Timeout::Recv] {
         sockopt::set_socket_timeout(&socket, limit, Some(Duration::from_secs(1)))?;
     }
-    net::connect(&socket, &address)?;
+    net::connect(&socket, &SocketAddrAny::from(address))?;
     net::shutdown(&socket, Shutdown::Write)?;
     rustix::io::read(&socket, &mut [0])
 }

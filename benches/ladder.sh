@@ -1,46 +1,49 @@
 #!/bin/sh
-# Rebuilds the binary switch by switch, in the builder image: first the profile of Cargo.toml, dynamic
-# on the toolchain's own standard library, then static on musl by .cargo/image.toml in its order. Prints
-# a line a rung: bytes, a tab, the switch. `./build.sh ladder` calls it and draws the table.
+# Rebuilds the binary switch by switch, in the builder image: first the profile of Cargo.toml, then the
+# standard library with it, then static on musl by .cargo/image.toml in its order. Prints a line a rung:
+# bytes, a tab, the switch. `./build.sh ladder` calls it and draws the table.
 set -eu
-cargo="cargo build --quiet --locked"
-binary=target/release/smolrx
-profile=
+export RUSTC_BOOTSTRAP=1
+target=$(uname -m)-unknown-linux-gnu
+options=
+link=
 
-# NAME [SETTING]...: builds with these settings of the profile and those of the rungs before.
+# NAME [OPTION]...: builds with these options of cargo and those of the rungs before.
 rung() {
   name=$1
   shift
-  for setting; do profile="$profile --config profile.release.$setting"; done
-  # shellcheck disable=SC2086 # the words of $cargo and $profile are meant
-  $cargo --release $profile
-  printf '%s\t%s\n' "$(stat -c %s "$binary")" "$name"
+  for option; do options="$options $option"; done
+  # shellcheck disable=SC2086 # the words of $options and $link are meant
+  cargo rustc --quiet --locked --release --bin smolrx --target "$target" $options -- $link
+  printf '%s\t%s\n' "$(stat -c %s "target/$target/release/smolrx")" "$name"
 }
 
-$cargo
-printf '%s\t%s\n' "$(stat -c %s target/debug/smolrx)" "debug"
-rung "release, as cargo has it" opt-level=3 lto=false codegen-units=16 'panic="unwind"' strip=false
-rung "opt-level z" 'opt-level="z"'
-rung "LTO, one codegen unit" 'lto="fat"' codegen-units=1
-rung "panic abort" 'panic="abort"'
-rung "strip" strip=true
+set_to() { for setting; do printf -- '--config profile.release.%s ' "$setting"; done; }
 
-export RUSTC_BOOTSTRAP=1
+cargo build --quiet --locked
+printf '%s\t%s\n' "$(stat -c %s target/debug/smolrx)" "debug"
+rung "release, as cargo has it" "$(set_to opt-level=3 lto=false codegen-units=16 'panic="unwind"' strip=false)"
+rung "opt-level z" "$(set_to 'opt-level="z"')"
+rung "LTO, one codegen unit" "$(set_to 'lto="fat"' codegen-units=1)"
+rung "panic abort" "$(set_to 'panic="abort"')"
+rung "strip" "$(set_to strip=true)"
+rung "standard library rebuilt" -Zbuild-std=std,panic_abort
+rung "standard library optimized for size" -Zbuild-std-features=optimize_for_size
+rung "panic immediate-abort" -Zpanic-immediate-abort "$(set_to 'panic="immediate-abort"')"
 target=$(uname -m)-unknown-linux-musl
-binary=target/$target/release/smolrx
-plain="$cargo --target $target"
-cargo="$plain -Zbuild-std=std,panic_abort"
-rung "static on musl, standard library rebuilt"
-cargo="$plain -Zbuild-std=std,panic_abort -Zbuild-std-features=optimize_for_size"
-rung "standard library optimized for size"
-cargo="$plain -Zbuild-std=std -Zbuild-std-features=optimize_for_size -Zpanic-immediate-abort"
-rung "panic immediate-abort" 'panic="immediate-abort"'
+rung "static on musl"
+
+# A switch of the linker concerns the last step alone, one of the compiler every crate.
 export RUSTFLAGS="-Clinker=rust-lld"
-rung "rust-lld"
+with="rust-lld, "
 # shellcheck disable=SC2013 # a switch is a word
 for switch in $(sed -n 's/^  "\(-[^"]*\)".*/\1/p' .cargo/image.toml); do
-  RUSTFLAGS="$RUSTFLAGS $switch"
-  rung "${switch#-Clink-arg=}"
+  case $switch in
+    -Clink-arg=*) link="$link $switch" ;;
+    *) RUSTFLAGS="$RUSTFLAGS $switch" ;;
+  esac
+  rung "$with${switch#-C*-arg*=}"
+  with=
 done
-strip --strip-section-headers "$binary"
-printf '%s\t%s\n' "$(stat -c %s "$binary")" "no section headers"
+strip --strip-section-headers "target/$target/release/smolrx"
+printf '%s\t%s\n' "$(stat -c %s "target/$target/release/smolrx")" "no section headers"

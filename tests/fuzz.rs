@@ -257,7 +257,7 @@ impl Dialogue {
             self.send(chunk).await;
         }
         let _ = self.client.shutdown(Shutdown::Write);
-        while self.turn().await || !self.server.executor.is_empty() {}
+        while self.turn().await || self.server.connected.get() > 0 {}
 
         // One who sends much more than the line that was asked for may be cut off.
         let unwanted = input.len().saturating_sub(self.outcome.echo.len());
@@ -269,14 +269,14 @@ impl Dialogue {
     /// Sends a chunk and waits for all that comes of it, unless the server has closed.
     async fn send(&mut self, chunk: &[u8]) {
         let mut rest = chunk;
-        while !rest.is_empty() && !self.server.executor.is_empty() {
+        while !rest.is_empty() && self.server.connected.get() > 0 {
             match self.client.write(rest) {
                 Ok(count) => rest = &rest[count..],
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(_) => return,
             }
             // It waits for these bytes, so it will move.
-            while !self.turn().await && !self.server.executor.is_empty() {}
+            while !self.turn().await && self.server.connected.get() > 0 {}
             while self.turn().await {}
         }
     }

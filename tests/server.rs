@@ -59,24 +59,32 @@ fn port_in_use_is_one_sentence() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let exit = run(&["--bind", "127.0.0.1", "--tcp-port", &port]);
-    cannot_listen(&exit, &format!("127.0.0.1:{port}"));
+    cannot_listen(&exit, &format!("127.0.0.1:{port}"), &["address in use"]);
 }
 
 /// So does an address that is not this machine's.
 #[test]
 fn foreign_address_is_one_sentence() {
     let exit = run(&["--bind", "192.0.2.1", "--tcp-port", "8888"]);
-    cannot_listen(&exit, "192.0.2.1:8888");
+    cannot_listen(&exit, "192.0.2.1:8888", &["address not available"]);
+}
+
+/// So does a link-local one, which needs a scope, also on a machine without IPv6.
+#[test]
+fn link_local_address_is_one_sentence() {
+    let exit = run(&["--bind", "fe80::1", "--tcp-port", "8888"]);
+    let reasons = ["invalid argument", "address family not supported", "address not available"];
+    cannot_listen(&exit, "[fe80::1]:8888", &reasons);
 }
 
 #[track_caller]
-fn cannot_listen(exit: &Exit, address: &str) {
+fn cannot_listen(exit: &Exit, address: &str, reasons: &[&str]) {
     assert_eq!(exit.code, Some(1), "{exit:?}");
     assert!(exit.stdout.is_empty(), "{exit:?}");
     assert_eq!(exit.stderr.len(), 1, "{exit:?}");
     let start = format!("smolrx: cannot listen on {address}: ");
     let reason = exit.stderr[0].strip_prefix(&start).unwrap_or_else(|| panic!("no `{start}`: {exit:?}"));
-    assert!(!reason.is_empty());
+    assert!(reasons.iter().any(|words| reason.starts_with(words)), "{exit:?}");
 }
 
 // ---------------------------------------------------------------- its options
