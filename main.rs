@@ -423,12 +423,10 @@ impl Server {
         self.clients.borrow().iter().flatten().for_each(|client| visit(client));
     }
 
-    /// Waits until log and subject have room: back-pressure instead of memory.
-    fn room(&self) -> impl Future<Output = ()> {
-        poll_fn(|cx| {
-            ready!(self.log.poll_room(cx));
-            self.lines.poll_room(cx)
-        })
+    /// Ready when log and subject have room: back-pressure instead of memory.
+    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
+        ready!(self.log.poll_room(cx));
+        self.lines.poll_room(cx)
     }
 
     /// A line was received whole.
@@ -477,7 +475,7 @@ struct Connection<'a> {
     io: Option<Async<&'a TcpStream>>,
     /// Bytes received and not yet echoed. While there are none it has no memory.
     buffer: Vec<u8>,
-    /// There may be more to read right now.
+    /// There may be more to read right now: the last read filled the buffer, or a wait has passed since.
     more: bool,
 }
 
@@ -499,7 +497,7 @@ impl<'a> Connection<'a> {
             let last = loop {
                 match first_line(&self.buffer[end..], searched, ended, options.max_line) {
                     Line::Whole(length) => {
-                        self.server.room().await;
+                        self.room().await;
                         self.server.receive(&self.buffer[end..end + length], &peer);
                         received = true;
                         end += length;
@@ -518,14 +516,15 @@ impl<'a> Connection<'a> {
             if self.echo(end).await.is_err() {
                 break;
             }
-            if last {
-                if !ended && self.has_unread() {
-                    // Boxed: it is rare, and every connection would hold its state (100 bytes).
-                    Box::pin(self.linger()).await;
+            if last || self.server.stopping.get() && self.buffer.is_empty() {
+                if !ended {
+                    // The echo's end goes first: a reset, should the client send more, comes too late for harm.
+                    let _ = net::shutdown(&self.client.socket, Shutdown::Write);
+                    if self.has_unread() {
+                        // Boxed: it is rare, and every connection would hold its state (100 bytes).
+                        Box::pin(self.linger()).await;
+                    }
                 }
-                break;
-            }
-            if self.server.stopping.get() && self.buffer.is_empty() {
                 break;
             }
             searched = self.buffer.len();
@@ -546,10 +545,9 @@ impl<'a> Connection<'a> {
     fn read(&mut self) -> impl Future<Output = Result<usize, Errno>> {
         poll_fn(|cx| {
             loop {
-                if self.more {
+                if self.more || self.server.stopping.get() {
                     match self.try_read() {
-                        Err(Errno::INTR) => continue,
-                        Err(Errno::AGAIN) => {}
+                        Err(Errno::AGAIN | Errno::INTR) => {}
                         result => return Poll::Ready(result),
                     }
                 }
@@ -568,7 +566,17 @@ impl<'a> Connection<'a> {
         self.reserve();
         let count = rustix::io::read(&self.client.socket, spare_capacity(&mut self.buffer))?;
         self.more = self.buffer.len() == self.buffer.capacity();
+        self.client.deadline.set(None);
         Ok(count)
+    }
+
+    /// Waits until the server can take a line.
+    fn room(&mut self) -> impl Future<Output = ()> {
+        poll_fn(|cx| {
+            let room = self.server.poll_room(cx);
+            self.more |= room.is_pending();
+            room
+        })
     }
 
     /// Sends the first bytes of the buffer back as they came, and forgets them.
@@ -577,9 +585,14 @@ impl<'a> Connection<'a> {
         poll_fn(move |cx| {
             while sent < end {
                 match rustix::io::write(&self.client.socket, &self.buffer[sent..end]) {
-                    Ok(count) => sent += count,
-                    Err(Errno::INTR) => {}
-                    Err(Errno::AGAIN) => ready!(self.poll_wait(cx, Async::poll_writable))?,
+                    Ok(count) => {
+                        sent += count;
+                        self.client.deadline.set(None);
+                    }
+                    Err(Errno::AGAIN | Errno::INTR) => {
+                        self.more = true;
+                        ready!(self.poll_wait(cx, Async::poll_writable))?;
+                    }
                     Err(error) => return Poll::Ready(Err(error)),
                 }
             }
@@ -596,7 +609,6 @@ impl<'a> Connection<'a> {
     /// Closing while bytes are unread would reset the connection, and the client might lose the
     /// echo: so some of them are read first.
     async fn linger(&mut self) {
-        let _ = net::shutdown(&self.client.socket, Shutdown::Write);
         let read = async {
             let mut unwanted = 0;
             while unwanted <= self.server.options.max_line {
@@ -621,14 +633,12 @@ impl<'a> Connection<'a> {
             none => none.insert(Async::new_nonblocking(&client.socket).map_err(errno)?),
         };
         let ready = poll_ready(io, cx).map_err(errno);
-        if ready.is_ready() {
-            client.deadline.set(None);
-            return ready;
-        }
-        client.task.set(Some(cx.waker().clone()));
-        if client.deadline.get().is_none() {
-            client.deadline.set(Some(Instant::now() + self.server.options.timeout));
-            self.server.waiting.notify_all();
+        if ready.is_pending() {
+            client.task.set(Some(cx.waker().clone()));
+            if client.deadline.get().is_none() {
+                client.deadline.set(Some(Instant::now() + self.server.options.timeout));
+                self.server.waiting.notify_all();
+            }
         }
         ready
     }

@@ -9,7 +9,7 @@ use std::io::{self, BufRead, BufReader};
 use std::net::{SocketAddr, TcpListener};
 use std::process::Stdio;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// These options, and a clock that keeps out of the way.
 fn calm<'a>(options: &[&'a str]) -> Vec<&'a str> {
@@ -371,6 +371,54 @@ fn connection_ends_though_the_client_stays() {
     }
 }
 
+/// Bytes beyond the line cost a client neither its echo nor the end in good order, whenever they come.
+#[test]
+fn more_sent_at_any_moment_is_passed_over() {
+    let server = Server::start(&CALM);
+    for i in 0..1000 {
+        let mut client = server.connect();
+        client.send("foo\n");
+        let moment = Instant::now() + Duration::from_micros(i % 100);
+        while Instant::now() < moment {}
+        client.send("more\n");
+        assert_eq!(client.rest(), b"foo\n", "when the rest comes after {} µs", i % 100);
+    }
+}
+
+/// Nor do those that are sent while the server waits for the client to take the echo.
+#[test]
+fn more_sent_during_the_echo_is_passed_over() {
+    let server = Server::start(&calm(&["--max-line", "20000000"]));
+    let mut client = Client::with_small_window(server.loopback());
+    let line = format!("{}\n", "x".repeat(12_000_000)); // more than the kernel's buffers hold
+    client.send(&line);
+    server.stdout.wait_until("it is received", |lines| (lines.len() > 1).then_some(()));
+    client.send("more\n");
+    assert!(client.rest() == line.as_bytes(), "the echo differs");
+}
+
+/// Nor do those that are sent while it waits for room in the log.
+#[test]
+fn more_sent_before_the_echo_is_passed_over() {
+    let server = Server::start(&CALM);
+    server.stdout.pause();
+    let (line, mut client) = line_that_waits_for_the_log(&server);
+    client.send("more\n");
+    server.stdout.resume();
+    assert!(client.rest() == line.as_bytes(), "the echo differs");
+}
+
+/// Fills the log, nobody reading it, until a line finds no room; returns the line and its client.
+fn line_that_waits_for_the_log(server: &Server) -> (String, Client) {
+    let line = format!("{}\n", "x".repeat(60_000));
+    let waiting = (0..10).find_map(|_| {
+        let mut client = server.connect();
+        client.send(&line);
+        client.hears_nothing_for(ms(300)).then_some(client)
+    });
+    (line, waiting.expect("the log is full after a megabyte"))
+}
+
 /// A flood of lines does not hold up the clock, nor the clock the lines.
 #[test]
 fn flood_does_not_hold_up_the_clock() {
@@ -599,6 +647,22 @@ fn connection_that_does_not_take_its_echo_is_closed() {
     assert!(exit.stdout.last().unwrap().starts_with("Observing startxxx"), "not observed");
 }
 
+/// Time for which the server itself keeps a client waiting does not count.
+#[test]
+fn connection_that_waits_for_the_log_is_not_closed() {
+    let server = Server::start(&calm(&["--timeout", "500", "--keep-open"]));
+    server.stdout.pause();
+    line_that_waits_for_the_log(&server);
+    let mut client = server.connect();
+    thread::sleep(ms(100)); // the server waits for it, not yet the other way round
+    client.send("foo\n");
+    assert!(client.hears_nothing_for(ms(1000)));
+    server.stdout.resume();
+    client.expect("foo\n");
+    client.send("bar\n");
+    client.expect("bar\n");
+}
+
 /// A client that is slow but goes on is not cut off, however long its line takes.
 #[test]
 fn slow_connection_is_not_closed() {
@@ -725,6 +789,21 @@ fn stop_lets_a_line_be_finished() {
         assert_eq!(exit.stdout[1..4], conversation("finish", client.port()));
         assert_eq!(exit.stdout[4..], ["Observing finish"]);
     }
+}
+
+/// A client gets the whole of its echo, whatever it has sent since.
+#[test]
+fn stop_lets_an_echo_be_taken() {
+    let mut server = Server::start(&calm(&["--max-line", "20000000", "--keep-open"]));
+    let mut client = Client::with_small_window(server.loopback());
+    let line = format!("{}\n", "x".repeat(12_000_000)); // more than the kernel's buffers hold
+    client.send(&line);
+    server.stdout.wait_until("it is received", |lines| (lines.len() > 1).then_some(()));
+    client.send("more\n");
+    server.signal(Signal::TERM);
+    assert!(client.rest() == line.as_bytes(), "the echo differs");
+    let exit = server.exited(PATIENCE);
+    assert_eq!(exit.code, Some(0), "{exit:?}");
 }
 
 /// After five seconds it is cut, even if it goes on sending; part of a line is no event.
