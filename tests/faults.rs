@@ -219,8 +219,8 @@ fn resets_at_every_stage() {
     for keep_open in [false, true] {
         let options = if keep_open { calm(&["--keep-open"]) } else { calm(&[]) };
         let mut server = Server::start(&options);
-        server.echo("warm-up\n");
         let before = server.descriptors();
+        server.echo("warm-up\n");
         for i in 0..form("SMOLRX_RESETS", 50, 1000) {
             server.connect().reset();
 
@@ -250,8 +250,8 @@ fn resets_at_every_stage() {
 #[test]
 fn line_of_a_client_that_resets_is_observed() {
     let mut server = Server::start(&calm(&["--max-line", "20000000"]));
-    server.echo("warm-up\n");
     let before = server.descriptors();
+    server.echo("warm-up\n");
     let mut client = server.connect();
     client.send("gone before\n");
     let received = format!("Received gone before from 127.0.0.1:{}", client.port());
@@ -290,8 +290,9 @@ fn client_that_leaves_before_the_echo() {
 #[test]
 fn client_that_never_reads_is_freed() {
     let mut server = Server::start(&calm(&["--keep-open", "--timeout", "1500"]));
+    let before = server.descriptors();
     server.echo("warm-up\n");
-    let (before, memory) = (server.descriptors(), server.memory_kb());
+    let memory = server.memory_kb();
     let mut floods: Vec<Flood> =
         (0..4).map(|_| Flood::new(Client::with_small_window(server.loopback()), false)).collect();
     Flood::pump_until_stalled(&mut floods, ms(300));

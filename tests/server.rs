@@ -637,8 +637,8 @@ fn connection_that_stops_mid_line_is_closed() {
 #[test]
 fn connection_that_does_not_take_its_echo_is_closed() {
     let mut server = Server::start(&calm(&["--timeout", "500", "--max-line", "20000000"]));
-    server.echo("foo\n");
     let before = server.descriptors();
+    server.echo("foo\n");
     let mut client = Client::with_small_window(server.loopback());
     let line = format!("{}{}\n", "start", "x".repeat(12_000_000)); // more than the kernel's buffers hold
     client.send(&line);

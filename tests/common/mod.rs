@@ -505,11 +505,7 @@ impl Client {
 
     /// Sends nothing more.
     pub fn finish(&self) {
-        match self.0.shutdown(Shutdown::Write) {
-            // The server may have closed already, a whole line is all it wants.
-            Err(e) if e.kind() != ErrorKind::NotConnected => panic!("shutdown: {e}"),
-            _ => {}
-        }
+        finish(&self.0);
     }
 
     /// The next bytes must be these.
@@ -548,6 +544,15 @@ impl Client {
     /// Ends the connection with a reset.
     pub fn reset(self) {
         sockopt::set_socket_linger(&self.0, Some(Duration::ZERO)).unwrap();
+    }
+}
+
+/// Ends the sending side of a connection.
+fn finish(socket: &TcpStream) {
+    match socket.shutdown(Shutdown::Write) {
+        // The server may have closed already: it wants no more than a whole line, and no more lines when it stops.
+        Err(e) if e.kind() != ErrorKind::NotConnected => panic!("shutdown: {e}"),
+        _ => {}
     }
 }
 
@@ -655,7 +660,7 @@ impl Flood {
             for (flood, half_closed) in floods.iter_mut().zip(&mut half_closed) {
                 any |= flood.pump(false);
                 if flood.unsent.is_empty() && !*half_closed && !flood.ended {
-                    flood.socket.shutdown(Shutdown::Write).unwrap();
+                    finish(&flood.socket);
                     *half_closed = true;
                 }
             }
