@@ -10,17 +10,14 @@
 
 #![forbid(unsafe_code)]
 
-use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::pin::{Pin, pin};
-use std::process::{self, ExitCode};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
@@ -40,6 +37,7 @@ use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, Shutdown, SocketAddrAny, SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
+use signal_hook::low_level::exit;
 use smol::{Async, Task, Timer};
 
 #[cfg(not(target_os = "linux"))]
@@ -47,27 +45,30 @@ compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 
 // ---------------------------------------------------------------- the program
 
-fn main() -> ExitCode {
+/// Ends the process by itself: what std does after a `main` that returns, it has no use for (1.2 kB).
+fn main() -> ! {
     // With SIGPIPE blocked, writing to what nobody reads is an error, not the end. Blocking can't fail.
     let _ = SigSet::from_iter([SIGPIPE]).thread_block();
-    let outcome = match Command::parse(lexopt::Parser::from_env()) {
-        Ok(Command::Serve(options)) => serve(options),
-        Ok(Command::Health(address)) => probe(address),
-        Ok(Command::Print(text)) => {
-            // Whoever closes the pipe has read enough.
-            let _ = rustix::io::write(stdout(), text.as_bytes());
-            Ok(())
-        }
-        Err(message) => {
-            complain(format_args!("{message}; see smolrx --help"));
-            return ExitCode::from(2);
-        }
+    let (status, sentence) = match Command::parse(lexopt::Parser::from_env()).map(Command::run) {
+        Ok(Ok(())) => exit(0),
+        Ok(Err(sentence)) => (1, sentence),
+        Err(sentence) => (2, format!("{sentence}; see smolrx --help")),
     };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(message) => {
-            complain(format_args!("{message}"));
-            ExitCode::FAILURE
+    complain(&sentence);
+    exit(status)
+}
+
+impl Command {
+    /// The error is a sentence for the person at the terminal.
+    fn run(self) -> Result<(), String> {
+        match self {
+            Command::Serve(options) => serve(options),
+            Command::Health(address) => probe(address),
+            Command::Print(text) => {
+                // Whoever closes the pipe has read enough.
+                let _ = rustix::io::write(stdout(), text.as_bytes());
+                Ok(())
+            }
         }
     }
 }
@@ -115,7 +116,7 @@ fn serve(options: Options) -> Result<(), String> {
 async fn observe(server: &'static Server, served: Task<()>) {
     let interval = server.options.interval;
     let lines = server.lines.observe().map(|line| text_of(&line));
-    let clock = timer(Realtime, Duration::ZERO, interval).map(|tick| tick.to_string());
+    let clock = timer(Realtime, Duration::ZERO, interval).map(decimal);
     let mut events =
         pin!(lines.merge(stream::stop_after_future(clock, served)).debounce(Realtime, interval / 10));
 
@@ -128,7 +129,9 @@ async fn observe(server: &'static Server, served: Task<()>) {
 
 /// What the operators work on: the line as text, stripped, safe to print.
 pub fn text_of(line: &[u8]) -> String {
-    escaped(String::from_utf8_lossy(line).trim()).into_owned()
+    let mut text = String::new();
+    push_escaped(&mut text, String::from_utf8_lossy(line).trim());
+    text
 }
 
 // ---------------------------------------------------------------- the options
@@ -227,7 +230,10 @@ impl Command {
 fn number(args: &mut lexopt::Parser, option: &str, min: u32, max: u32) -> Result<u32, String> {
     let typed = value(args)?;
     let number = typed.parse().ok().filter(|number| (min..=max).contains(number));
-    number.ok_or_else(|| misfit(option, &format!("a whole number from {min} to {max}"), &typed))
+    number.ok_or_else(|| {
+        let wanted = format!("a whole number from {} to {}", decimal(min.into()), decimal(max.into()));
+        misfit(option, &wanted, &typed)
+    })
 }
 
 /// What follows an option.
@@ -329,7 +335,7 @@ impl Server {
         })
         .await;
         drop(listener);
-        self.spawn(async move { process::exit(128 + signals.next().await) }).detach();
+        self.spawn(async move { exit(128 + signals.next().await) }).detach();
         self.drain().await;
         self.lines.complete();
     }
@@ -356,7 +362,7 @@ impl Server {
                 Err(error) => {
                     if warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
                         warned = Some(Instant::now());
-                        complain(format_args!("cannot accept: {}; trying again", reason(error)));
+                        complain(&format!("cannot accept: {}; trying again", reason(error)));
                     }
                     sleep(BACK_OFF).await;
                 }
@@ -508,7 +514,8 @@ impl<'a> Connection<'a> {
                     }
                     Line::Partial => break ended,
                     Line::TooLong => {
-                        complain(format_args!("line from {peer} is longer than {} bytes", options.max_line));
+                        let longest = decimal(options.max_line as u64);
+                        complain(&format!("line from {peer} is longer than {longest} bytes"));
                         break true;
                     }
                 }
@@ -940,8 +947,17 @@ impl Log {
     fn received(&self, line: &[u8], peer: &str) {
         if !self.quiet {
             let line = String::from_utf8_lossy(line);
-            let line = escaped(without_ending(&line));
-            self.line(&["Received ", &line, " from ", peer, "\nSend: ", &line]);
+            let mut text = self.text.borrow_mut();
+            text.push_str("Received ");
+            let start = text.len();
+            push_escaped(&mut text, without_ending(&line));
+            let shown = start..text.len();
+            text.push_str(" from ");
+            text.push_str(peer);
+            text.push_str("\nSend: ");
+            text.extend_from_within(shown);
+            text.push('\n');
+            self.written.notify_all();
         }
     }
 
@@ -1041,7 +1057,7 @@ fn reason(error: Errno) -> String {
         Errno::NOBUFS | Errno::NOMEM => "out of memory",
         _ => "unexpected",
     };
-    format!("{words} (error {})", error.raw_os_error())
+    format!("{words} (error {})", decimal(error.raw_os_error() as u64))
 }
 
 fn is_writable(fd: BorrowedFd) -> bool {
@@ -1050,42 +1066,78 @@ fn is_writable(fd: BorrowedFd) -> bool {
 }
 
 /// Prints a sentence on stderr, unless that would block.
-fn complain(sentence: fmt::Arguments) {
+fn complain(sentence: &str) {
     if is_writable(stderr()) {
         let _ = rustix::io::write(stderr(), format!("smolrx: {sentence}\n").as_bytes());
     }
 }
 
-/// An address as the log and the sentences have it: an IPv4 client of an IPv6 socket is an IPv4 client.
-/// `SocketAddr`'s own `Display` also pads, which would cost 1.5 kB.
-fn shown(address: SocketAddr) -> String {
-    let port = address.port();
+/// An address as the log and the sentences have it: an IPv4 client of an IPv6 socket is an IPv4 client,
+/// and the longest run of zeros in an IPv6 address is left out (RFC 5952). The standard library's own
+/// way from numbers to text also pads: 2 kB.
+pub fn shown(address: SocketAddr) -> String {
+    let mut text = String::new();
     match address.ip().to_canonical() {
-        IpAddr::V4(ip) => format!("{ip}:{port}"),
-        IpAddr::V6(ip) => format!("[{ip}]:{port}"),
+        IpAddr::V4(ip) => push_joined(&mut text, &ip.octets().map(u16::from), 10, '.'),
+        IpAddr::V6(ip) => {
+            let groups = ip.segments();
+            let zeros = |length| groups.windows(length).position(|run| run.iter().all(|&group| group == 0));
+            let run = (2..=8).rev().find_map(|length| zeros(length).map(|start| (start, start + length)));
+            let (start, end) = run.unwrap_or((8, 8));
+            text.push('[');
+            push_joined(&mut text, &groups[..start], 16, ':');
+            if run.is_some() {
+                text.push_str("::");
+            }
+            push_joined(&mut text, &groups[end..], 16, ':');
+            text.push(']');
+        }
     }
+    text.push(':');
+    push_number(&mut text, address.port().into(), 10);
+    text
+}
+
+/// Adds numbers in a base, with a separator between any two.
+fn push_joined(text: &mut String, numbers: &[u16], base: u32, separator: char) {
+    for (i, &number) in numbers.iter().enumerate() {
+        if i > 0 {
+            text.push(separator);
+        }
+        push_number(text, number.into(), base);
+    }
+}
+
+fn push_number(text: &mut String, number: u64, base: u32) {
+    let rest = number / u64::from(base);
+    if rest > 0 {
+        push_number(text, rest, base);
+    }
+    text.extend(char::from_digit((number % u64::from(base)) as u32, base));
+}
+
+fn decimal(number: u64) -> String {
+    let mut text = String::new();
+    push_number(&mut text, number, 10);
+    text
 }
 
 fn without_ending(line: &str) -> &str {
     line.strip_suffix("\r\n").or(line.strip_suffix('\n')).unwrap_or(line)
 }
 
-/// Text that stays one line and can't talk to the terminal: what could do either is shown as Rust
-/// writes it, `\u{1b}` for ESC.
-fn escaped(text: &str) -> Cow<'_, str> {
-    let mut out = String::new();
-    let mut rest = text;
-    while let Some(start) = rest.find(is_hostile) {
-        out.push_str(&rest[..start]);
-        let mut characters = rest[start..].chars();
-        out.extend(characters.next().into_iter().flat_map(char::escape_default));
-        rest = characters.as_str();
+/// Adds words so that they stay one line and can't talk to the terminal: what could do either is shown
+/// as Rust writes it, `\u{1b}` for ESC.
+fn push_escaped(text: &mut String, words: &str) {
+    let mut start = 0;
+    for (end, character) in words.char_indices() {
+        if is_hostile(character) {
+            text.push_str(&words[start..end]);
+            character.escape_default().for_each(|character| text.push(character));
+            start = end + character.len_utf8();
+        }
     }
-    if out.is_empty() {
-        return Cow::Borrowed(text);
-    }
-    out.push_str(rest);
-    Cow::Owned(out)
+    text.push_str(&words[start..]);
 }
 
 /// Control characters, and those that break lines or reorder them (Unicode's bidi controls).

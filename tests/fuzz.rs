@@ -21,6 +21,7 @@ mod common;
 mod smolrx;
 
 use std::any::Any;
+use std::array;
 use std::collections::HashMap;
 use std::fmt::{self, Display};
 use std::fs;
@@ -49,6 +50,23 @@ fn bytes_become_text_as_the_model_says() {
     let seed = setting("SMOLRX_SEED", now.subsec_nanos().into());
     let time = Duration::from_secs(setting("SMOLRX_FUZZ", 2));
     smol::block_on(fuzz(seed, time)).unwrap_or_else(|report| panic!("{report}"));
+}
+
+/// Addresses are shown as the standard library shows them, whose code for it the image does without.
+#[test]
+fn addresses_are_shown_as_by_std() {
+    let mut random = Random::new(setting("SMOLRX_SEED", 0));
+    for _ in 0..100_000 {
+        // Runs of zeros of every length, and numbers of every length.
+        let mut groups: [u16; 8] = array::from_fn(|_| random.pick(&[0, 0, 0, 1, 0x9a, 0xabc, 0xffff]));
+        if random.below(4) == 0 {
+            groups[..6].copy_from_slice(&[0, 0, 0, 0, 0, 0xffff]); // an IPv4 client of an IPv6 socket
+        }
+        let ip = IpAddr::from(groups);
+        let port = random.pick(&[0, 7, 80, 8888, 65_535]);
+        let expected = SocketAddr::new(ip.to_canonical(), port).to_string();
+        assert_eq!(smolrx::shown(SocketAddr::new(ip, port)), expected);
+    }
 }
 
 /// The error is a report for whoever mends it.
