@@ -42,7 +42,7 @@ fn binds_to_an_ipv6_address() {
     assert_eq!(server.stdout.lines()[0], format!("Serving on [::1]:{}", server.address.port()));
 }
 
-/// `--bind ::` serves both families.
+/// `--bind ::` serves both families, and shows a client of either as it knows itself.
 #[test]
 fn bind_to_any_ipv6_address_serves_both_families() {
     let server = Server::start(&calm(&["--bind", "::"]));
@@ -50,6 +50,7 @@ fn bind_to_any_ipv6_address_serves_both_families() {
         let mut client = Client::connect(SocketAddr::new(address.parse().unwrap(), server.address.port()));
         client.send("foo\n");
         assert_eq!(client.rest(), b"foo\n");
+        server.stdout.wait_for(&format!("Received foo from {}", client.0.local_addr().unwrap()));
     }
 }
 
