@@ -36,7 +36,7 @@ use std::pin::pin;
 use std::str::FromStr;
 use std::time::{Duration, Instant, SystemTime};
 
-use common::{CLOSE, conversation, setting, shown, shown_stripped};
+use common::{CLOSE, conversation, setting, shown};
 use futures_lite::{FutureExt, StreamExt, future};
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::stdio::{dup2_stderr, stderr};
@@ -133,7 +133,7 @@ fn expected(input: &Input) -> Outcome {
             break;
         }
         outcome.echo.extend(line);
-        outcome.events += &(shown_stripped(line) + "\n");
+        outcome.events += &(shown(line) + "\n");
         print(&conversation(&shown(line), PEER.port())[..2]);
         if !input.keep_open {
             break;
