@@ -529,6 +529,22 @@ fn two_servers_on_one_port() {
     assert_eq!(server.stop().stdout[1..4], conversation("foo", port));
 }
 
+/// Two servers at one port of two addresses do not get into each other's way, nor does their health.
+#[test]
+fn one_port_of_two_addresses() {
+    let mut one = Server::start(&calm(&["--bind", "127.0.0.1"]));
+    let port = one.address.port();
+    let bind_two = ["--bind", "127.0.0.2", "--tcp-port", &port.to_string()];
+    let mut two = Server::of(Process::spawn(program(&calm(&bind_two))));
+    one.echo("foo\n");
+    two.echo("bar\n");
+    assert_eq!(health(&["--bind", "127.0.0.1"], port).code, Some(0));
+    assert_eq!(health(&["--bind", "127.0.0.2"], port).code, Some(0));
+    assert_eq!(observed(&two.stop().stdout), ["bar"]);
+    assert_eq!(health(&["--bind", "127.0.0.1"], port).code, Some(0));
+    assert_eq!(observed(&one.stop().stdout), ["foo"]);
+}
+
 // -------------------------------------------------------------- hostile text
 
 /// Hostile text is echoed as it came, and is one harmless line of the transcript for each event.

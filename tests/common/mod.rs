@@ -209,6 +209,23 @@ impl Process {
         kill_process(Pid::from_child(&self.child), signal).expect("the program is there to be signalled");
     }
 
+    /// Stops it in its tracks, until it is woken.
+    pub fn suspend(&self) {
+        self.signal(Signal::STOP);
+        eventually(PATIENCE, "all its threads are stopped", || {
+            let mut tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+            tasks.all(|task| {
+                let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+                stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+            })
+        });
+    }
+
+    /// Lets it go on.
+    pub fn wake(&self) {
+        self.signal(Signal::CONT);
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
     }
@@ -714,6 +731,15 @@ impl Client {
         let mut got = vec![0; bytes.as_ref().len()];
         self.0.read_exact(&mut got).expect("the server echoes");
         assert_eq!(String::from_utf8_lossy(&got), String::from_utf8_lossy(bytes.as_ref()));
+    }
+
+    /// Whether the next bytes are these; they are not if the connection ends before.
+    pub fn gets(&mut self, bytes: &str) -> bool {
+        let mut got = vec![0; bytes.len()];
+        match self.0.read_exact(&mut got) {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => panic!("nothing comes in {PATIENCE:?}"),
+            result => result.is_ok() && got == bytes.as_bytes(),
+        }
     }
 
     /// Everything until the server closes the connection in good order.
