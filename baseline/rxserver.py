@@ -37,11 +37,10 @@ async def serve(port: int, interval: float, keep_open: bool) -> None:
             received = False
             while (keep_open or not received) and (line := await reader.readline()):
                 received = True
-                text = line.decode(errors="replace")
-                shown = text.removesuffix("\n").removesuffix("\r")
-                print(f"Received {shown} from {host}:{client_port}")
+                text = line.decode(errors="replace").strip()
+                print(f"Received {text} from {host}:{client_port}")
                 lines.on_next(text)
-                print(f"Send: {shown}")
+                print(f"Send: {text}")
                 writer.write(line)
                 await writer.drain()
             if received:

@@ -10,7 +10,7 @@ use std::time::Instant;
 /// It says where it serves, and serves there.
 #[test]
 fn serves_where_it_says() {
-    let server = Server::start(&CALM);
+    let server = Server::start(&["--tcp-port", "0", CALM[0], CALM[1]]);
     assert_ne!(server.address.port(), 0);
     server.echo("foo\n");
 }
@@ -50,6 +50,16 @@ fn prints_three_lines_for_a_connection() {
     let port = server.echo("foo\n");
     server.stdout.wait_for(CLOSE);
     assert_eq!(server.stdout.lines()[1..], conversation("foo", port));
+}
+
+/// A line is shown without the blanks at its ends, in all three places.
+#[test]
+fn shows_a_line_stripped() {
+    let mut server = Server::start(&CALM);
+    let port = server.echo("  foo bar \t\r\n");
+    let exit = server.stop();
+    assert_eq!(exit.stdout[1..4], conversation("foo bar", port));
+    assert_eq!(observed(&exit.stdout), ["foo bar"]);
 }
 
 /// A received line is observed, stripped, when nothing else has come for a tenth of the interval.

@@ -110,7 +110,7 @@ fn any_bytes_in_any_chunks_keep_open() {
     let exit = server.stop();
     assert!(!exit.stdout.iter().any(|line| line.contains(is_hostile)));
     assert_eq!(exit.stderr, [""; 0]);
-    let last = events.borrow().last().map_or("0".into(), |line| shown_stripped(line));
+    let last = events.borrow().last().map_or("0".into(), |line| shown(line));
     assert_eq!(observed(&exit.stdout), [last]);
 }
 

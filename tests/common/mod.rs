@@ -4,16 +4,20 @@
 //! Nothing here sleeps to wait for something to be true: it waits for the thing itself, with a deadline.
 #![allow(dead_code)] // each test file is a crate of its own and uses its own part
 
-use rustix::net::{AddressFamily, SocketType, ipproto, sockopt};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sockopt};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::env;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
 use std::ops::Deref;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{self, Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,6 +40,35 @@ pub fn setting(name: &str, default: u64) -> u64 {
     match env::var(name) {
         Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")),
         Err(_) => default,
+    }
+}
+
+/// A test with thousands of sockets needs as many descriptors itself.
+pub fn raise_descriptor_limit() {
+    let hard = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: hard, maximum: hard }).unwrap();
+}
+
+/// A directory that every user may enter; it goes when dropped.
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    pub fn new() -> Self {
+        static COUNT: AtomicUsize = AtomicUsize::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = env::temp_dir().join(format!("smolrx-test-{}-{number}", process::id()));
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -64,6 +97,59 @@ pub fn program_after(setup: &str, options: &[&str]) -> Command {
     let mut command = Command::new("sh");
     command.arg("-c").arg(format!("{setup}; exec \"$0\" \"$@\"")).arg(binary()).args(options);
     command
+}
+
+/// The same, run by a user who may not open anew what belongs to the tests' own user; none, and the
+/// reason printed, where that can't be. The scratch holds a binary that this user may run.
+pub fn program_of_nobody(options: &[&str]) -> Option<(Command, Scratch)> {
+    let nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups"];
+    if let Some(reason) = refusal(Command::new("setpriv").args(nobody).arg("true")) {
+        println!("skipped: another user: {reason}");
+        return None;
+    }
+    let scratch = Scratch::new();
+    let copy = scratch.file("smolrx");
+    // By a process of its own: a descriptor open for writing, inherited by what another test starts
+    // at that moment, would keep the copy from being run.
+    let installed = Command::new("install").args(["-m", "755"]).args([&binary(), &copy]).status().unwrap();
+    assert!(installed.success(), "no copy of the binary");
+    let mut command = Command::new("setpriv");
+    command.args(nobody).arg(copy).args(options).env("MALLOC_ARENA_MAX", "1");
+    Some((command, scratch))
+}
+
+/// Why a command that asks for a privilege or a tool fails; none if it does not.
+fn refusal(command: &mut Command) -> Option<String> {
+    match command.stdin(Stdio::null()).output() {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => Some(String::from_utf8_lossy(&output.stderr).trim().into()),
+        Err(error) => Some(format!("{:?}: {error}", command.get_program())),
+    }
+}
+
+/// Runs a part of a test in a network of its own, with only a loopback interface, on which a shell
+/// has run `setup`; not at all, and the reason printed, where that can't be.
+pub fn in_a_network_of_its_own(setup: &str, body: impl FnOnce() + Send) {
+    let mut command = Command::new("unshare");
+    command.args(["--net", "sh", "-ec"]);
+    command.arg(format!("ip link set lo up; {setup}\necho ready; read -r _ || true"));
+    if let Some(reason) = refusal(&mut command) {
+        println!("skipped: a network of its own: {reason}");
+        return;
+    }
+    let mut holder = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    holder.stdout.take().unwrap().read_exact(&mut [0; 6]).expect("`ready`");
+    let network = File::open(format!("/proc/{}/ns/net", holder.id())).unwrap();
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    // A thread has its own idea of what its network is, and what it starts inherits that.
+    thread::scope(|scope| {
+        let inside = scope.spawn(move || {
+            move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+            body();
+        });
+        inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    });
 }
 
 fn binary() -> PathBuf {
@@ -106,7 +192,13 @@ impl Process {
 
     /// As `spawn`, with the standard output that the command already has.
     pub fn spawn_with_stdout(mut command: Command) -> Self {
-        command.stdin(Stdio::null()).stderr(Stdio::piped());
+        command.stderr(Stdio::piped());
+        Self::spawn_with_output(command)
+    }
+
+    /// The same, with the standard error that it already has, too.
+    pub fn spawn_with_output(mut command: Command) -> Self {
+        command.stdin(Stdio::null());
         let mut child = command.spawn().expect("the program under test starts");
         let stdout = child.stdout.take().map_or_else(Transcript::ended, Transcript::of);
         let stderr = child.stderr.take().map_or_else(Transcript::ended, Transcript::of);
@@ -115,6 +207,23 @@ impl Process {
 
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("the program is there to be signalled");
+    }
+
+    /// Stops it in its tracks, until it is woken.
+    pub fn suspend(&self) {
+        self.signal(Signal::STOP);
+        eventually(PATIENCE, "all its threads are stopped", || {
+            let mut tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+            tasks.all(|task| {
+                let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+                stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+            })
+        });
+    }
+
+    /// Lets it go on.
+    pub fn wake(&self) {
+        self.signal(Signal::CONT);
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -209,6 +318,11 @@ impl Process {
         (cpu, switches)
     }
 
+    /// The loopback address it listens on, for when it does not say.
+    pub fn listening_address(&self) -> SocketAddr {
+        SocketAddr::new(Ipv4Addr::LOCALHOST.into(), self.listening_port())
+    }
+
     /// The port it listens on, for when it does not say.
     pub fn listening_port(&self) -> u16 {
         let mut found = None;
@@ -238,28 +352,54 @@ impl Drop for Process {
     }
 }
 
-/// A program that listens on a port of its own.
+/// A port that is nobody else's: bound, so that the kernel gives it to no one, but not listened on.
+/// A server that is told to may still listen there.
+pub struct Port(OwnedFd);
+
+impl Port {
+    pub fn reserve() -> Self {
+        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        sockopt::set_socket_reuseaddr(&socket, true).unwrap();
+        rustix::net::bind(&socket, &SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0)).unwrap();
+        Self(socket)
+    }
+
+    pub fn number(&self) -> u16 {
+        SocketAddr::try_from(rustix::net::getsockname(&self.0).unwrap()).unwrap().port()
+    }
+}
+
+/// A program that listens on a port of its own, which stays so when it listens no more.
 pub struct Server {
     process: Process,
     pub address: SocketAddr,
+    _port: Option<Port>,
 }
 
 impl Server {
     /// Starts it on a free port, and waits until it serves.
     pub fn start(options: &[&str]) -> Self {
-        Self::serving(Process::spawn(program(&[&["--tcp-port", "0"], options].concat())))
+        Self::start_with(options, program)
     }
 
     /// The same, started by a shell after `setup`.
     pub fn start_after(setup: &str, options: &[&str]) -> Self {
-        Self::serving(Process::spawn(program_after(setup, &[&["--tcp-port", "0"], options].concat())))
+        Self::start_with(options, |options| program_after(setup, options))
     }
 
-    fn serving(process: Process) -> Self {
+    fn start_with(options: &[&str], command: impl Fn(&[&str]) -> Command) -> Self {
+        let port = Port::reserve();
+        let number = port.number().to_string();
+        let server = Self::of(Process::spawn(command(&[&["--tcp-port", &number], options].concat())));
+        Self { _port: Some(port), ..server }
+    }
+
+    /// A program that is about to say where it serves.
+    pub fn of(process: Process) -> Self {
         let first = process.stdout.wait_until("its first line", |lines| lines.first().cloned());
         let address = first.strip_prefix("Serving on ").and_then(|address| address.parse().ok());
         let address = address.unwrap_or_else(|| panic!("not `Serving on ADDRESS:PORT`: {first}"));
-        Self { process, address }
+        Self { process, address, _port: None }
     }
 
     /// The address at which a client on this machine reaches it.
@@ -287,10 +427,28 @@ impl Server {
 
     /// Nobody is let in any more, and at once.
     pub fn refuses(&self) {
-        eventually(ms(1000), "a new connection is refused", || {
-            TcpStream::connect(self.loopback()).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
-        });
+        refuses(self.loopback());
     }
+}
+
+/// Nobody is let in at an address any more, and at once.
+pub fn refuses(address: SocketAddr) {
+    eventually(ms(1000), "a new connection is refused", || {
+        TcpStream::connect(address).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
+    });
+}
+
+/// The answer of `--health` for the server at a port of this machine.
+pub fn health(options: &[&str], port: u16) -> Exit {
+    let port = port.to_string();
+    run(&[options, &["--health", "--tcp-port", &port]].concat())
+}
+
+/// Says that this server is healthy.
+#[track_caller]
+pub fn is_healthy(port: u16) {
+    let exit = health(&[], port);
+    assert_eq!(exit.code, Some(0), "the health of port {port}: {exit:?}");
 }
 
 impl Deref for Server {
@@ -326,8 +484,18 @@ impl Transcript {
         Self(Arc::new((Mutex::new(Reading { ended: true, ..Reading::default() }), Condvar::new())))
     }
 
-    fn of(mut source: impl Read + Send + 'static) -> Self {
-        let transcript = Self(Arc::default());
+    /// As `of`, but nothing is read before it is told to resume.
+    pub fn of_paused(source: impl Read + Send + 'static) -> Self {
+        Self::read_by_a_thread(source, true)
+    }
+
+    pub fn of(source: impl Read + Send + 'static) -> Self {
+        Self::read_by_a_thread(source, false)
+    }
+
+    fn read_by_a_thread(mut source: impl Read + Send + 'static, paused: bool) -> Self {
+        let transcript =
+            Self(Arc::new((Mutex::new(Reading { paused, ..Reading::default() }), Condvar::new())));
         let reader = transcript.clone();
         thread::spawn(move || {
             let mut chunk = [0; 4096];
@@ -431,6 +599,35 @@ impl std::fmt::Debug for Transcript {
     }
 }
 
+/// A terminal: the end to read, which is its screen, and the end for a program.
+pub fn terminal() -> (Screen, OwnedFd) {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let screen = openpt(flags).unwrap();
+    grantpt(&screen).unwrap();
+    unlockpt(&screen).unwrap();
+    let program_end = ioctl_tiocgptpeer(&screen, flags).unwrap();
+    (Screen(screen.into()), program_end)
+}
+
+/// What comes out of a terminal, without the `\r` that it adds to each `\n`: the transcript has no other.
+pub struct Screen(File);
+
+impl Read for Screen {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let length = self.0.read(buffer)?;
+            let mut kept = 0;
+            for i in 0..length {
+                buffer[kept] = buffer[i];
+                kept += usize::from(buffer[i] != b'\r');
+            }
+            if kept > 0 || length == 0 {
+                return Ok(kept);
+            }
+        }
+    }
+}
+
 /// What the observer printed.
 pub fn observed(lines: &[String]) -> Vec<&str> {
     lines.iter().filter_map(|line| line.strip_prefix("Observing ")).collect()
@@ -443,17 +640,8 @@ pub fn conversation(shown: &str, port: u16) -> [String; 3] {
 
 // ------------------------------------------------- how a line is to be shown
 
-/// A received line as `Received` and `Send` show it: as text, without its ending, escaped.
+/// A received line as it is shown, in all three places: as text, stripped, escaped.
 pub fn shown(line: &[u8]) -> String {
-    let line = match line.strip_suffix(b"\n") {
-        Some(line) => line.strip_suffix(b"\r").unwrap_or(line),
-        None => line,
-    };
-    escaped(&String::from_utf8_lossy(line))
-}
-
-/// A received line as `Observing` shows it: as text, stripped, escaped.
-pub fn shown_stripped(line: &[u8]) -> String {
     escaped(String::from_utf8_lossy(line).trim())
 }
 
@@ -488,7 +676,7 @@ impl Client {
         Self::of(TcpStream::from(socket))
     }
 
-    fn of(socket: TcpStream) -> Self {
+    pub fn of(socket: TcpStream) -> Self {
         socket.set_nodelay(true).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         socket.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -503,6 +691,36 @@ impl Client {
         self.0.write_all(bytes.as_ref()).expect("the server takes what is sent");
     }
 
+    /// Sends a byte as urgent.
+    pub fn send_urgent(&mut self, byte: u8) {
+        assert_eq!(rustix::net::send(&self.0, &[byte], SendFlags::OOB), Ok(1));
+    }
+
+    /// Waits until so many bytes are there to be read, and leaves them there.
+    pub fn wait_for_bytes(&self, count: u64) {
+        eventually(PATIENCE, "the bytes are there", || self.bytes_there() >= count);
+    }
+
+    /// The number of bytes that are there to be read.
+    pub fn bytes_there(&self) -> u64 {
+        rustix::io::ioctl_fionread(&self.0).unwrap()
+    }
+
+    /// Reads so many bytes at the most that are there, without waiting for any.
+    pub fn take(&mut self, most: usize) -> Vec<u8> {
+        let mut bytes = vec![0; most.min(self.bytes_there() as usize)];
+        self.0.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// Waits until the server has read all that this client has sent.
+    pub fn is_taken(&self) {
+        eventually(PATIENCE, "the server reads what was sent", || {
+            let server = server_end(self.port());
+            server.is_some_and(|(state, unread)| state == "01" && unread == 0)
+        });
+    }
+
     /// Sends nothing more.
     pub fn finish(&self) {
         finish(&self.0);
@@ -513,6 +731,15 @@ impl Client {
         let mut got = vec![0; bytes.as_ref().len()];
         self.0.read_exact(&mut got).expect("the server echoes");
         assert_eq!(String::from_utf8_lossy(&got), String::from_utf8_lossy(bytes.as_ref()));
+    }
+
+    /// Whether the next bytes are these; they are not if the connection ends before.
+    pub fn gets(&mut self, bytes: &str) -> bool {
+        let mut got = vec![0; bytes.len()];
+        match self.0.read_exact(&mut got) {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => panic!("nothing comes in {PATIENCE:?}"),
+            result => result.is_ok() && got == bytes.as_bytes(),
+        }
     }
 
     /// Everything until the server closes the connection in good order.
@@ -545,6 +772,18 @@ impl Client {
     pub fn reset(self) {
         sockopt::set_socket_linger(&self.0, Some(Duration::ZERO)).unwrap();
     }
+}
+
+/// The server's end of a client's connection, once it is accepted: its state, and the bytes unread there.
+fn server_end(client_port: u16) -> Option<(String, u64)> {
+    // The thread's own, as it may be in a network of its own.
+    let sockets = fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
+    // sl local_address rem_address st tx_queue:rx_queue ... inode (the tenth), 0 in the backlog
+    sockets.lines().skip(1).find_map(|line| {
+        let field: Vec<&str> = line.split_whitespace().collect();
+        let ours = field[2].ends_with(&format!(":{client_port:04X}")) && field[9] != "0";
+        ours.then(|| (field[3].into(), u64::from_str_radix(&field[4][9..], 16).unwrap()))
+    })
 }
 
 /// Ends the sending side of a connection.
@@ -670,4 +909,11 @@ impl Flood {
             assert!(start.elapsed() < PATIENCE, "the floods do not come to an end");
         }
     }
+}
+
+/// All lines of a flood that are in the transcript, which must be in order and without a gap.
+pub fn received(transcript: &[String], flood: &Flood) -> usize {
+    let from = format!(" from 127.0.0.1:{}", flood.port);
+    let lines = transcript.iter().filter_map(|line| line.strip_prefix("Received ")?.strip_suffix(&from));
+    lines.enumerate().map(|(i, line)| assert_eq!(line, flood.line(i))).count()
 }
