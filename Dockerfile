@@ -32,10 +32,11 @@ COPY . .
 
 # RUSTC_BOOTSTRAP lets the pinned stable toolchain take the unstable switches of image.toml. A run of the
 # result, where this machine can run it, shows that musl knows RELR: before 1.2.4 it ignores these
-# relocations, and the program crashes. The last fetch brings what the tests need, so that they run offline.
+# relocations, and the program crashes. The object is for benches/imports.sh. The last fetch brings what the tests need, so that they run offline.
 RUN set -eu; \
     target=$(cat /target) host=$(rustc -vV | sed -n 's/^host: //p'); \
-    RUSTC_BOOTSTRAP=1 cargo build --release --locked --config .cargo/image.toml --target "$target"; \
+    RUSTC_BOOTSTRAP=1 cargo rustc --release --locked --config .cargo/image.toml --target "$target" -- --emit=link,obj; \
+    mv target/$target/release/deps/smolrx-*.o /smolrx.o; \
     mkdir /image; \
     "$(rustc --print sysroot)/lib/rustlib/$host/bin/rust-objcopy" --strip-sections \
       "target/$target/release/smolrx" /image/smolrx; \
