@@ -91,7 +91,8 @@ fn serve(options: Options) -> Result<(), String> {
         let wanted = options.address;
         let listener =
             listen(wanted).map_err(|error| failure(&format!("listen on {}", address_text(wanted)), error))?;
-        let address = address_text(local_address(&listener).unwrap_or(wanted));
+        let address = local_address(&listener).unwrap_or(wanted);
+        let (address, port) = (address_text(address), decimal(address.port().into()));
         // Tasks borrow the server for as long as the process lives.
         let server: &'static Server = Box::leak(Box::new(Server::new(options)));
         server.transcript.remark(&["Serving on ", &address]);
@@ -100,10 +101,12 @@ fn serve(options: Options) -> Result<(), String> {
         server.spawn(server.obey(signals)).detach();
         server.spawn(server.wake_the_overdue()).detach();
         server.spawn(observe(server, served)).detach();
-        for name in [HEALTH_NAME, &health_name(&address)] {
-            // Another server in this network namespace may have the first name: then it is the one to ask.
-            if let Ok(socket) = health_socket(name) {
-                server.spawn(answer_probes(socket)).detach();
+        for name in [health_name(""), health_name(&port), health_name(&address)] {
+            match health_socket(&name) {
+                Ok(socket) => server.spawn(answer_probes(socket)).detach(),
+                // Another server of this network namespace has that name: it is the one to ask.
+                Err(Errno::ADDRINUSE) => {}
+                Err(error) => server.complain(&failure("answer --health", error)),
             }
         }
         let written = server.spawn(server.transcript.write(output));
@@ -198,8 +201,8 @@ pub struct Options {
 /// Whose health is asked for.
 pub struct Asked {
     address: SocketAddr,
-    /// Neither address nor port was given.
-    default: bool,
+    /// What was given: address and port, the port, or nothing.
+    by: String,
 }
 
 impl Command {
@@ -241,7 +244,12 @@ impl Command {
         let address =
             SocketAddr::new(bind.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port.unwrap_or(8888) as u16);
         if health {
-            return Ok(Command::Health(Asked { address, default: bind.is_none() && port.is_none() }));
+            let by = match (bind, port) {
+                (None, None) => String::new(),
+                (None, Some(port)) => decimal(port.into()),
+                _ => address_text(address),
+            };
+            return Ok(Command::Health(Asked { address, by }));
         }
         let milliseconds = |number: u32| Duration::from_millis(number.into());
         Ok(Command::Serve(Options {
@@ -357,7 +365,9 @@ async fn sleep(duration: Duration) {
 // ---------------------------------------------------------------- the server
 
 /// Clients accepted before the others get a turn.
-const ACCEPTED_AT_ONCE: u32 = 64;
+const ACCEPTED_AT_ONCE: usize = 64;
+/// The longest backlog that Linux grants by default. (std asks for 128, too few for a thousand clients at once.)
+const BACKLOG: usize = 4096;
 /// Pause after a failed accept: the descriptors or the memory that it lacked may be back by then.
 const BACK_OFF: Duration = Duration::from_millis(100);
 /// How long a client may take to end its line once the server stops, or to take a long echo once
@@ -389,12 +399,13 @@ pub struct Server {
     next_waking: Cell<Option<Instant>>,
     /// Waits for a client that is due before that.
     earlier: Waiters,
+    /// The descriptor at which the turn of those who wait for memory begins.
+    turn: Cell<usize>,
     /// Set by the first signal: when clients are waited for no longer.
     grace_end: Cell<Option<Instant>>,
 }
 
-/// Listens on an address, with as long a backlog as the kernel grants: std asks for 128, too few
-/// for a thousand clients at once. Connections inherit the options, which so cost no call for each.
+/// Listens on an address. Connections inherit its options, which so cost no call for each.
 fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
     let socket = net::socket(family(address), SocketType::STREAM, None)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
@@ -407,7 +418,7 @@ fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
         sockopt::set_ipv6_v6only(&socket, false)?;
     }
     net::bind(&socket, &SocketAddrAny::from(address))?;
-    net::listen(&socket, i32::MAX)?;
+    net::listen(&socket, BACKLOG as i32)?;
     // Registers it with the reactor; async-net's own `bind` takes neither backlog nor options.
     Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
@@ -424,7 +435,7 @@ impl Server {
     pub fn new(options: Options) -> Server {
         Server {
             transcript: Transcript { quiet: options.quiet, ..Transcript::default() },
-            memory: LineMemory::new(options.max_line),
+            memory: LineMemory::default(),
             options,
             executor: StaticLocalExecutor::new(),
             lines: Subject::default(),
@@ -435,6 +446,7 @@ impl Server {
             departure: Waiters::default(),
             next_waking: Cell::default(),
             earlier: Waiters::default(),
+            turn: Cell::default(),
             grace_end: Cell::default(),
         }
     }
@@ -462,15 +474,21 @@ impl Server {
     }
 
     /// Accepts clients, as many at once as the options allow; once the server stops, those who are
-    /// in the backlog and nobody else.
+    /// in the backlog and hardly anybody else.
     async fn accept(&'static self, listener: &Async<TcpListener>) {
         let mut warned: Option<Instant> = None;
-        let mut accepted: u32 = 0;
-        loop {
-            self.departure.wait_until(|| self.connected.get() < self.options.max_conns).await;
+        let mut accepted: usize = 0;
+        let mut backlog = BACKLOG;
+        while backlog > 0 {
+            let has_a_seat = || self.connected.get() < self.options.max_conns;
+            if has_a_seat() && self.grace_is_over() {
+                return;
+            }
+            self.departure.wait_until(has_a_seat).await;
             if self.is_stopping() {
-                // The backlog takes nobody else.
+                // The backlog takes one client at a time now; a flood of them has an end all the same.
                 let _ = net::listen(listener, 0);
+                backlog -= 1;
             }
             match net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
@@ -492,6 +510,8 @@ impl Server {
                 }
                 // The client left before its turn came.
                 Err(Errno::CONNABORTED | Errno::INTR) => {}
+                // Nobody is left whose end would free what it lacks.
+                Err(_) if self.is_stopping() && self.connected.get() == 0 => return,
                 Err(error) => {
                     if warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
                         warned = Some(Instant::now());
@@ -506,7 +526,13 @@ impl Server {
     /// Starts the task of a new client.
     pub fn welcome(&'static self, socket: TcpStream, peer: SocketAddr) {
         let descriptor = socket.as_raw_fd() as usize;
-        let client = Rc::new(Client { socket, peer, due: Cell::default(), task: Cell::default() });
+        let client = Rc::new(Client {
+            socket,
+            peer,
+            due: Cell::default(),
+            task: Cell::default(),
+            starved: Cell::default(),
+        });
         let mut clients = self.clients.borrow_mut();
         while clients.len() <= descriptor {
             clients.push(None);
@@ -548,6 +574,16 @@ impl Server {
         }
     }
 
+    /// Wakes the next client that waits for memory; they take turns.
+    fn wake_a_starved_client(&self) {
+        let clients = self.clients.borrow();
+        let (before, after) = clients.split_at(self.turn.get().min(clients.len()));
+        if let Some(client) = after.iter().chain(before).flatten().find(|client| client.starved.get()) {
+            self.turn.set(client.socket.as_raw_fd() as usize + 1);
+            client.wake();
+        }
+    }
+
     fn is_stopping(&self) -> bool {
         self.grace_end.get().is_some()
     }
@@ -585,7 +621,7 @@ const CHUNK: usize = 4096;
 /// can't be lost when the connection closes behind them.
 const LEAVES_AT_ONCE: usize = 512;
 /// When a client that waits for memory looks again.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// What the server knows of a client.
 struct Client {
@@ -595,6 +631,8 @@ struct Client {
     /// When to wake the task that waits for it, if one does.
     due: Cell<Option<Instant>>,
     task: Cell<Option<Waker>>,
+    /// Its bytes are there, and there is no memory for them.
+    starved: Cell<bool>,
 }
 
 impl Client {
@@ -807,21 +845,35 @@ impl<'a> Connection<'a> {
         loop {
             let mut starved = false;
             if attempt {
-                match self.attempt(way) {
+                match self.attempt(cx, way) {
                     Err(Errno::AGAIN | Errno::INTR) => {}
                     Err(Errno::NOMEM) => starved = true,
+                    Err(Errno::BUSY) => {
+                        // It is the server that keeps the client waiting.
+                        self.deadline = None;
+                        client.due.set(None);
+                        client.starved.set(false);
+                        self.readable = true;
+                        return Poll::Pending;
+                    }
                     outcome => {
                         client.due.set(None);
+                        client.starved.set(false);
                         if !self.lingering {
                             self.deadline = None;
                         }
                         return Poll::Ready(outcome);
                     }
                 }
+                if starved && !client.starved.replace(starved) {
+                    // It has sent something: from now on it waits for the memory.
+                    (self.deadline, overdue) = (None, false);
+                }
                 if overdue {
                     return Poll::Ready(Err(Errno::TIMEDOUT));
                 }
             }
+            client.starved.set(starved);
             if way == Way::In {
                 self.release();
             }
@@ -856,10 +908,11 @@ impl<'a> Connection<'a> {
         }
     }
 
-    fn attempt(&mut self, way: Way) -> Result<usize, Errno> {
+    fn attempt(&mut self, cx: &mut Context<'_>, way: Way) -> Result<usize, Errno> {
         match way {
             Way::In if self.lingering => self.discard(),
-            Way::In => self.try_read(),
+            Way::In if self.reserve() => self.try_read(),
+            Way::In => self.try_read_line(cx),
             Way::Out => {
                 let (start, end) = self.unsent;
                 let count = rustix::io::write(&self.client.socket, &self.buffer[start..end])?;
@@ -875,25 +928,27 @@ impl<'a> Connection<'a> {
     fn deadline(&mut self, way: Way, now: Instant) -> Instant {
         let deadline = *self.deadline.get_or_insert(now + self.server.options.timeout);
         match self.server.grace_end.get() {
-            Some(_) if way == Way::In && self.buffer.is_empty() && !self.lingering => now,
+            Some(_) if way == Way::In && self.is_between_lines() => now,
             Some(end) => deadline.min(end),
             None => deadline,
         }
     }
 
-    /// Adds the bytes that are there right now. The error is NOMEM if there is no memory for them.
+    fn is_between_lines(&self) -> bool {
+        self.buffer.is_empty() && !self.client.starved.get() && !self.lingering
+    }
+
+    /// Adds the bytes that are there right now.
     fn try_read(&mut self) -> Result<usize, Errno> {
-        if !self.reserve() {
-            return self.try_read_line();
-        }
         let count = rustix::io::read(&self.client.socket, spare_capacity(&mut self.buffer))?;
         self.readable = self.buffer.len() == self.buffer.capacity();
         Ok(count)
     }
 
     /// Adds the bytes that are there up to the end of a line, if that is among them and if the line
-    /// goes on at once: then no memory is needed for long.
-    fn try_read_line(&mut self) -> Result<usize, Errno> {
+    /// goes on at once: then no memory is needed for long. The error is NOMEM if that is not so, and
+    /// BUSY if it is the server that does not take the line.
+    fn try_read_line(&mut self, cx: &mut Context<'_>) -> Result<usize, Errno> {
         let mut chunk = [0; CHUNK];
         let (_, count) = net::recv(&self.client.socket, &mut chunk[..], RecvFlags::PEEK)?;
         let length = match chunk[..count].iter().position(|&byte| byte == b'\n') {
@@ -901,15 +956,14 @@ impl<'a> Connection<'a> {
             None if count == 0 || self.buffer.len() + count > self.server.options.max_line => count,
             None => return Err(Errno::NOMEM),
         };
-        if !self.server.transcript.is_ready() || !self.server.lines.is_ready() {
-            // It is the server that keeps the client waiting.
-            self.deadline = None;
-            return Err(Errno::NOMEM);
+        if self.server.poll_ready(cx).is_pending() {
+            return Err(Errno::BUSY);
         }
         if self.gone.is_none() && !is_writable(self.client.socket.as_fd()) {
             return Err(Errno::NOMEM);
         }
         let length = rustix::io::read(&self.client.socket, &mut chunk[..length])?;
+        self.buffer.reserve_exact(length);
         self.buffer.extend_from_slice(&chunk[..length]);
         self.readable = true;
         Ok(length)
@@ -925,12 +979,17 @@ impl<'a> Connection<'a> {
     /// Makes room for more bytes: a chunk, or for a longer line up to as much again, never beyond
     /// the longest line, and no more than there is memory. Returns whether there is room.
     fn reserve(&mut self) -> bool {
+        if self.buffer.is_empty() && self.buffer.capacity() > self.memory.bytes && !self.memory.long {
+            // From a line that went on at once; it does not count, and may not be filled again.
+            self.release();
+        }
         let length = self.buffer.len();
         if length < self.buffer.capacity() {
             return true;
         }
         let limit = (self.server.options.max_line + 1).max(CHUNK);
-        let granted = self.memory.extend(&self.server.memory, length.max(CHUNK).min(limit - length));
+        let wanted = length.max(CHUNK).min(limit - length);
+        let granted = self.memory.extend(&self.server.memory, length, wanted);
         if granted == CHUNK && length == 0 {
             self.buffer = self.server.memory.chunk.take();
         }
@@ -947,7 +1006,9 @@ impl<'a> Connection<'a> {
         } else {
             self.buffer = Vec::new();
         }
-        self.memory.shrink_to(&self.server.memory, self.buffer.capacity());
+        if self.memory.shrink_to(&self.server.memory, self.buffer.capacity()) {
+            self.server.wake_a_starved_client();
+        }
     }
 }
 
@@ -972,64 +1033,68 @@ fn first_line(bytes: &[u8], searched: usize, ended: bool, longest: usize) -> Lin
 
 // ---------------------------------------------------------------- memory for lines
 
-/// Memory for lines that are not yet received or not yet echoed, over all connections: 512 KiB, or
-/// eight of the longest lines. One connection at a time may go beyond it, up to its longest line:
-/// so of clients that wait for each other's memory, one always gets on.
+/// Bytes of lines up to a chunk, over all connections.
+const SHORT_LINES: usize = 256 * 1024;
+/// Connections that may hold more than a chunk, up to the longest line.
+const LONG_LINES: usize = 8;
+
+/// Memory for lines that are not yet received or not yet echoed, over all connections. Whoever may
+/// hold more than a chunk can have its whole line: no two wait for each other.
 struct LineMemory {
-    /// Bytes that nobody holds.
-    free: Cell<usize>,
-    /// Whether nobody goes beyond it.
-    overdraft: Cell<bool>,
+    /// Bytes for short lines that nobody holds.
+    short: Cell<usize>,
+    /// Places for long lines that nobody has.
+    long: Cell<usize>,
     /// A read buffer that nobody uses right now.
     chunk: Cell<Vec<u8>>,
 }
 
-impl LineMemory {
-    fn new(max_line: usize) -> Self {
-        LineMemory {
-            free: Cell::new((8 * max_line).max(512 * 1024)),
-            overdraft: Cell::new(true),
-            chunk: Cell::default(),
-        }
+impl Default for LineMemory {
+    fn default() -> Self {
+        LineMemory { short: Cell::new(SHORT_LINES), long: Cell::new(LONG_LINES), chunk: Cell::default() }
     }
 }
 
 /// A connection's share of it.
 #[derive(Default)]
 struct Share {
+    /// Bytes held of those for short lines.
     bytes: usize,
-    /// It is the one that goes beyond, and what it holds does not count.
-    overdrawn: bool,
+    /// It has a place for a long line.
+    long: bool,
 }
 
 impl Share {
-    /// Takes more bytes, and returns how many there are.
-    fn extend(&mut self, memory: &LineMemory, wanted: usize) -> usize {
-        let free = memory.free.get();
-        if free == 0 && memory.overdraft.take() {
-            self.overdrawn = true;
-            memory.free.set(mem::take(&mut self.bytes));
+    /// Takes more bytes for a buffer of a length, and returns how many there are.
+    fn extend(&mut self, memory: &LineMemory, length: usize, wanted: usize) -> usize {
+        let short = memory.short.get();
+        let granted = wanted.min(short).min(CHUNK.saturating_sub(length));
+        if !self.long && granted > 0 {
+            memory.short.set(short - granted);
+            self.bytes += granted;
+            return granted;
         }
-        if self.overdrawn {
-            return wanted;
+        if !self.long && memory.long.get() > 0 {
+            memory.long.set(memory.long.get() - 1);
+            memory.short.set(short + mem::take(&mut self.bytes));
+            self.long = true;
         }
-        let granted = wanted.min(free);
-        memory.free.set(free - granted);
-        self.bytes += granted;
-        granted
+        if self.long { wanted } else { 0 }
     }
 
-    /// Gives back all but so many bytes.
-    fn shrink_to(&mut self, memory: &LineMemory, bytes: usize) {
-        let free = memory.free.get();
-        if !self.overdrawn {
+    /// Gives back all but so many bytes; returns whether a place for a long line is free again.
+    fn shrink_to(&mut self, memory: &LineMemory, bytes: usize) -> bool {
+        let short = memory.short.get();
+        if !self.long {
             let bytes = bytes.min(self.bytes);
-            memory.free.set(free + mem::replace(&mut self.bytes, bytes) - bytes);
-        } else if bytes <= free {
-            *self = Share { bytes, overdrawn: false };
-            memory.free.set(free - bytes);
-            memory.overdraft.set(true);
+            memory.short.set(short + mem::replace(&mut self.bytes, bytes) - bytes);
+        } else if bytes <= short.min(CHUNK) {
+            *self = Share { bytes, long: false };
+            memory.short.set(short - bytes);
+            memory.long.set(memory.long.get() + 1);
+            return true;
         }
+        false
     }
 }
 
@@ -1602,12 +1667,10 @@ fn reason(error: Errno) -> String {
 
 // ---------------------------------------------------------------- the health check
 
-/// The abstract Unix socket at which the only server of a network namespace, or the first one, is asked.
-const HEALTH_NAME: &str = "smolrx";
-
-/// The one at which a server is asked by its address and port.
-fn health_name(address: &str) -> String {
-    format!("{HEALTH_NAME} {address}")
+/// The abstract Unix socket at which a server is asked by its address and port, by its port, or
+/// without either, which the first server of a network namespace has.
+fn health_name(asked: &str) -> String {
+    format!("smolrx {asked}")
 }
 
 /// A datagram socket: to answer takes neither a seat nor a descriptor, and a full server is not ill.
@@ -1636,8 +1699,7 @@ async fn answer_probes(socket: Async<BorrowedFd<'static>>) {
 /// expects it to close: which proves that it accepts and serves, and is no event. Within two seconds.
 fn probe(asked: Asked) -> Result<(), String> {
     let server = address_text(asked.address);
-    let name = if asked.default { HEALTH_NAME } else { &health_name(&server) };
-    let answer = match ask(name) {
+    let answer = match ask(&health_name(&asked.by)) {
         Err(Errno::CONNREFUSED) => connect_and_read(asked.address),
         answer => answer,
     };
