@@ -8,7 +8,7 @@ Usage: ./build.sh [COMMAND]
 Builds smolrx's image. It needs Docker alone and works from any directory.
 
   (none)     build the builder, and the image from the stream that it writes
-  compare    build the Python baseline as well, and print a table of the sizes
+  compare    build the Python baseline as well, print a table of the sizes, and draw benches/sizes.svg
   push       build the image for amd64 and arm64, and push both under one name
   ladder     rebuild the binary switch by switch, and print what each saves (a while)
   bill       print where the bytes of the binary come from
@@ -97,16 +97,13 @@ how_to_run() {
 
 # One row an image, largest first: bytes, the same for people, how many times smaller, a bar.
 compare() {
-  local image
-  for image in "$python_builder" "$builder" "$python_image" "$IMAGE"; do
+  local image sizes
+  sizes=$(for image in "$python_builder" "$builder" "$python_image" "$IMAGE"; do
     printf '%s\t%s\n' "$image" "$(bytes "$image")"
-  done | sort -t $'\t' -k 2,2nr | awk -F '\t' -v reference="$python_builder" -v pex="$python_image" '
+  done | sort -t $'\t' -k 2,2nr)
+  awk -F '\t' -v reference="$python_builder" -v pex="$python_image" "$human"'
     { name[NR] = $1; size[NR] = $2; of[$1] = $2 }
 
-    function human(n,  unit) {
-      for (unit = 1; n >= 1000 && unit < 4; unit++) n /= 1000
-      return sprintf(n < 10 && unit > 1 ? "%.1f %s" : "%.0f %s", n, substr("B kBMBGB", 2 * unit - 1, 2))
-    }
     function times(n) { return n > 1 ? sprintf(n < 10 ? "%.1f" : "%.0f", n) : "" }
     function bar(n,  text) {
       for (n = 30 * n / size[1]; n >= 1; n--) text = text "█"
@@ -120,10 +117,35 @@ compare() {
       printf row, "image", "bytes", "size", "Python builder", "pex image", ""
       for (i = 1; i <= NR; i++)
         printf row, name[i], size[i], human(size[i]), times(of[reference] / size[i]), times(of[pex] / size[i]), bar(size[i])
-    }'
+    }' <<< "$sizes"
   printf '\nBytes: of the files in the layers.\n'
   printf 'Base images: %s for %s,\n%s for %s, %s for %s; nothing for %s.\n' \
     "$RUST_IMAGE" "$builder" "$PYTHON_IMAGE" "$python_builder" "$PYTHON_SLIM_IMAGE" "$python_image" "$IMAGE"
+  picture > "$here/benches/sizes.svg" <<< "$sizes"
+}
+
+# The images as squares on one line, their areas to scale.
+picture() {
+  awk -F '\t' -v builder="$python_builder" -v pex="$python_image" -v ours="$IMAGE" "$human"'
+    { size[$1] = $2 }
+
+    function square(image, class, title,  side) {
+      side = 240 * sqrt(size[image] / size[builder])
+      printf "<rect class=\"%s\" x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\"/>\n", class, x, 250 - side, side, side
+      printf "<text x=\"%.1f\" y=\"270\">%s</text><text class=\"t\" x=\"%.1f\" y=\"288\">%s</text>\n", x, title, x, human(size[image])
+      x += (side > 130 ? side : 130) + 30
+    }
+
+    END {
+      print "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"610\" height=\"300\" viewBox=\"0 0 610 300\" font-family=\"system-ui,sans-serif\" font-size=\"13\">"
+      print "<title>The images, their areas to scale</title>"
+      print "<style>text{fill:#57606a}.t{font-weight:600}.a{fill:#1f7ae0}.b{fill:#b9c1ca}@media(prefers-color-scheme:dark){text{fill:#adb5be}.b{fill:#57606a}}</style>"
+      x = 10
+      square(builder, "b", "Python builder")
+      square(pex, "b", "Python, slim with pex")
+      square(ours, "a", "smolrx")
+      print "</svg>"
+    }'
 }
 
 # What each size switch saves: the builder climbs, this draws. The bars start anew where the image's own target does.
@@ -145,6 +167,14 @@ bill() {
 }
 
 # ---------------------------------------------------------------- helpers
+
+# For awk: bytes as people say them.
+# shellcheck disable=SC2034 # the commands above use it
+human='
+    function human(n,  unit) {
+      for (unit = 1; n >= 1000 && unit < 4; unit++) n /= 1000
+      return sprintf(n < 10 && unit > 1 ? "%.1f %s" : "%.0f %s", n, substr("B kBMBGB", 2 * unit - 1, 2))
+    }'
 
 # The files in an image's layers, in bytes. Engines call other things an image's size, so they are counted in what
 # `save` writes: layers as tar files, which some engines compress, and files that are none.

@@ -3,11 +3,9 @@
 #
 #   tests/recipes.sh
 #
-# Needs the image smolrx, bash, nc, a free port 8888 and a Docker engine; docker-compose for the sidecar, and
+# Needs the image smolrx, bash, nc, a free port 8888 and a Docker engine; docker compose for the sidecar, and
 # check-jsonschema (of PyPI) for its schema, are used where they are. BASE is the image that the recipes
 # take for a base instead of the one printed: something with a shell and nc.
-#
-# A recipe is the block after a line `<!-- recipe: NAME -->`.
 # shellcheck disable=SC2016 # the scripts that a recipe runs are meant to read "$1" themselves
 set -uo pipefail
 
@@ -18,7 +16,7 @@ work=$(mktemp -d)
 clean_up() {
   stop_published
   "$docker" rm -f "$project"
-  if [ -f "$work/compose.yaml" ]; then in_work docker-compose -p "$project" down --rmi local; fi
+  if [ -f "$work/compose.yaml" ]; then in_work compose -p "$project" down --rmi local; fi
   "$docker" rmi "$project"
   rm -rf "$work"
 }
@@ -31,9 +29,13 @@ trap 'exit 143' TERM
 # shellcheck source=tests/common/check.sh
 . "$here/tests/common/check.sh"
 
-# NAME: the recipe as it is printed.
-recipe() { awk -v mark="<!-- recipe: $1 -->" '$0 == mark { on = 1; next } on && /^```/ { if (inside) exit; inside = 1; next } inside' "$here/README.md"; }
+# LANGUAGE: the recipe as it is printed, the block of that language in the README's section.
+recipe() {
+  awk -v fence="\`\`\`$1" '/^## /{ section = $2 } section != "Recipes" { next }
+    /^```$/ { inside = 0 } inside { print } $0 == fence { inside = 1 }' "$here/README.md"
+}
 
+compose() { if "$docker" compose version; then "$docker" compose "$@"; else docker-compose "$@"; fi; }
 in_work() { (cd "$work" && "$@"); }
 poke() { [ "$(echo "$1" | timeout 10 nc localhost 8888)" = "$1" ]; }
 runs() { cat "$work/runs" 2> /dev/null; }
@@ -42,13 +44,13 @@ last_run() { [ "$(runs | tail -n 1)" = "$1" ]; }
 published() { "$docker" ps --quiet --filter publish=8888; }
 stop_published() { for container in $(published); do "$docker" stop "$container"; done; }
 
-# NAME: starts a recipe of the shell in a folder with its sync.sh.
+# LANGUAGE: starts a recipe of the shell in a folder with its sync.sh.
 start() {
-  recipe "$1" > "$work/$1.sh"
-  [ -s "$work/$1.sh" ]
+  recipe "$1" > "$work/recipe"
+  [ -s "$work/recipe" ]
   : > "$work/runs"
   chmod +x "$work/sync.sh"
-  (cd "$work" && exec bash "$1.sh") &
+  (cd "$work" && exec "$1" recipe) &
   until_true poke first
 }
 
@@ -56,7 +58,7 @@ start() {
 
 resync() {
   printf '#!/bin/sh\necho "$1" >> runs\n' > "$work/sync.sh"
-  start resync
+  start sh
   until_true last_run first
   for i in 1 2 3 4 5; do poke "burst $i"; done
   until_true last_run 'burst 5'
@@ -68,7 +70,7 @@ resync() {
 
 latest() {
   printf '#!/bin/sh\necho "$1" >> runs\nuntil [ -e go ]; do sleep 0.1; done\n' > "$work/sync.sh"
-  start latest
+  start bash
   until_true runs_have 1 # it is at work now, until it may go on
   for i in 1 2 3 4 5 6 7 8 9 10; do poke "change $i"; sleep 0.7; done
   touch "$work/go"
@@ -82,7 +84,7 @@ own_image() {
   mkdir -p "$work/image"
   printf '#!/bin/sh\necho "sync: $1"\n' > "$work/image/sync.sh"
   chmod +x "$work/image/sync.sh"
-  recipe image > "$work/image/Dockerfile"
+  recipe dockerfile > "$work/image/Dockerfile"
   "$docker" build ${BASE:+--build-arg BASE="$BASE"} -t "$project" "$work/image"
   "$docker" run -d --name "$project" -p 8888:8888 --health-interval 1s "$project"
   until_true health_is healthy
@@ -97,19 +99,19 @@ health_is() { [ "$("$docker" inspect --format '{{.State.Health.Status}}' "$proje
 logs_say() { "$docker" logs "$project" 2>&1 | grep -qx "$1"; }
 
 sidecar_is_valid() {
-  recipe sidecar > "$work/compose.yaml"
+  recipe yaml > "$work/compose.yaml"
   check-jsonschema --builtin-schema vendor.compose-spec "$work/compose.yaml"
 }
 
 sidecar() {
   cp "$work"/image/* "$work/"
-  recipe sidecar > "$work/compose.yaml"
-  in_work docker-compose -p "$project" build ${BASE:+--build-arg BASE="$BASE"}
-  in_work docker-compose -p "$project" up -d
+  recipe yaml > "$work/compose.yaml"
+  in_work compose -p "$project" build ${BASE:+--build-arg BASE="$BASE"}
+  in_work compose -p "$project" up -d
   until_true compose_says 'sync: changed'
-  in_work docker-compose -p "$project" down --rmi local
+  in_work compose -p "$project" down --rmi local
 }
-compose_says() { in_work docker-compose -p "$project" logs --no-color sync | grep -q "$1"; }
+compose_says() { in_work compose -p "$project" logs --no-color sync | grep -q "$1"; }
 
 # -------------------------------------------------------------------- main
 
@@ -123,10 +125,10 @@ if command -v check-jsonschema > /dev/null; then
 else
   skip "the sidecar's schema: there is no check-jsonschema"
 fi
-if command -v docker-compose > /dev/null; then
+if compose version > /dev/null 2>&1; then
   check 300 sidecar         "as a sidecar: poked from another container"
 else
-  skip "the sidecar: there is no docker-compose"
+  skip "the sidecar: there is no docker compose"
 fi
 
 summary
