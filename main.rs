@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Read from the top, this file follows one line from the socket to the screen: the program and its
-//! pipeline, the options, the server, a connection, the subject, the operators, the log, the signals.
+//! pipeline, the options, what tasks wait for, the server, a connection, its memory, the subject, the
+//! operators, standard output, text, and the health check.
 
 #![forbid(unsafe_code)]
 
@@ -14,29 +15,32 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::mem;
+use std::mem::{self, MaybeUninit};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use async_executor::StaticLocalExecutor;
 use futures_lite::future::{self, FutureExt};
 use futures_lite::stream::{self, Stream, StreamExt};
-use nix::sys::signal::{SIGINT, SIGPIPE, SIGTERM, SigSet};
+use nix::sys::signal::{SIGINT, SIGPIPE, SIGTERM, SIGXFSZ, SigSet};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pin_project_lite::pin_project;
 use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fd::BorrowedFd;
+use rustix::fs::{self, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::sockopt::{self, Timeout};
-use rustix::net::{self, AddressFamily, Shutdown, SocketAddrAny, SocketFlags, SocketType};
+use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrAny, SocketAddrUnix};
+use rustix::net::{SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
+// libc's `_exit`: the end of the process, and nothing else.
 use signal_hook::low_level::exit;
 use smol::{Async, Task, Timer};
 
@@ -47,14 +51,16 @@ compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 
 /// Ends with `_exit`: nothing is buffered, and so std's clean-up after `main` would do nothing (1.2 kB).
 fn main() -> ! {
-    // With SIGPIPE blocked, writing to what nobody reads is an error, not the end. Blocking can't fail.
-    let _ = SigSet::from_iter([SIGPIPE]).thread_block();
+    // Blocked, they leave it at an error from `write`, which gets its sentence. Blocking can't fail.
+    let _ = SigSet::from_iter([SIGPIPE, SIGXFSZ]).thread_block();
     let (status, message) = match Command::parse(lexopt::Parser::from_env()).map(Command::run) {
         Ok(Ok(())) => exit(0),
         Ok(Err(message)) => (1, message),
         Err(message) => (2, format!("{message}; see smolrx --help")),
     };
-    complain(&message);
+    // Where writing blocks all the same, a signal must be able to end it.
+    let _ = Signals::mask().thread_unblock();
+    complain(open_anew(stderr()).unwrap_or(stderr()), &message);
     exit(status)
 }
 
@@ -78,20 +84,29 @@ const TASKS_A_TURN: usize = 200;
 
 /// Serves until a signal ends it or stdout fails, the error being the sentence to print.
 fn serve(options: Options) -> Result<(), String> {
-    let signals = Signals::block().map_err(|error| format!("cannot wait for signals: {}", reason(error)))?;
+    let signals = Signals::block().map_err(|error| failure("wait for signals", error))?;
+    let output = Output::to(stdout()).map_err(|error| failure("write to stdout", error))?;
     raise_descriptor_limit();
     smol::block_on(async {
-        let address = options.address;
-        let listener = bind(address)
-            .map_err(|error| format!("cannot listen on {}: {}", shown(address), reason(error)))?;
+        let wanted = options.address;
+        let listener =
+            listen(wanted).map_err(|error| failure(&format!("listen on {}", address_text(wanted)), error))?;
+        let address = address_text(local_address(&listener).unwrap_or(wanted));
         // Tasks borrow the server for as long as the process lives.
         let server: &'static Server = Box::leak(Box::new(Server::new(options)));
-        server.log.remark(&["Serving on ", &shown(local_address(&listener).unwrap_or(address))]);
+        server.transcript.remark(&["Serving on ", &address]);
 
-        let served = server.spawn(server.serve(listener, signals));
-        server.spawn(server.close_the_idle()).detach();
+        let served = server.spawn(server.serve(listener));
+        server.spawn(server.obey(signals)).detach();
+        server.spawn(server.wake_the_overdue()).detach();
         server.spawn(observe(server, served)).detach();
-        let written = server.spawn(server.log.write());
+        for name in [HEALTH_NAME, &health_name(&address)] {
+            // Another server in this network namespace may have the first name: then it is the one to ask.
+            if let Ok(socket) = health_socket(name) {
+                server.spawn(answer_probes(socket)).detach();
+            }
+        }
+        let written = server.spawn(server.transcript.write(output));
         // What `executor.run` does, without its queues for work stealing (3 kB).
         let run = async {
             loop {
@@ -102,36 +117,33 @@ fn serve(options: Options) -> Result<(), String> {
             }
         };
         future::or(written, run).await;
-        match server.log.failed.get() {
-            // The reader of a closed pipe has seen what it wanted.
-            None | Some(Errno::PIPE) => Ok(()),
-            Some(error) => Err(format!("cannot write to stdout: {}", reason(error))),
-        }
+        written_out(server.transcript.failed.get())
     })
 }
 
-/// The experiment itself: subject → map → merge(timer) → debounce → observer.
+/// The experiment itself: subject → merge(timer) → debounce → observer.
 ///
 /// It goes on until the server has `served` its last client and nothing is pending.
 async fn observe(server: &'static Server, served: Task<()>) {
-    let interval = server.options.interval;
-    let lines = server.lines.observe().map(|line| text_of(&line));
+    let Options { interval, debounce, max_wait, .. } = server.options;
     let clock = timer(Realtime, Duration::ZERO, interval).map(decimal);
-    let mut events =
-        pin!(lines.merge(stream::stop_after_future(clock, served)).debounce(Realtime, interval / 10));
-
+    let mut events = pin!(
+        server
+            .lines
+            .observe()
+            .merge(stream::stop_after_future(clock, served))
+            .debounce(Realtime, debounce, max_wait)
+    );
     while let Some(event) = events.next().await {
-        poll_fn(|cx| server.log.poll_room(cx)).await;
-        server.log.line(&["Observing ", &event]);
+        poll_fn(|cx| server.transcript.poll_ready(cx)).await;
+        server.transcript.event(&event);
     }
-    server.log.close();
+    server.transcript.close();
 }
 
-/// What the operators work on: the line as text, stripped, safe to print.
-pub fn text_of(line: &[u8]) -> String {
-    let mut text = String::new();
-    push_escaped(&mut text, String::from_utf8_lossy(line).trim());
-    text
+/// What an operation that failed is reported as.
+fn failure(what: &str, error: Errno) -> String {
+    format!("cannot {what}: {}", reason(error))
 }
 
 // ---------------------------------------------------------------- the options
@@ -141,8 +153,10 @@ Usage: smolrx [OPTION]...
 A TCP server whose lines become a debounced event stream.
 
   --tcp-port PORT   port to listen on; 0 takes a free one [8888]
-  --interval MS     period of the clock; a tenth of it is the debounce;
-                    at least 10 [60000]
+  --interval MS     period of the clock, at least 10 [60000]
+  --debounce MS     silence that ends a burst; only its last event is given
+                    out [a tenth of --interval]
+  --max-wait MS     longest time for which a burst holds an event back [none]
   --bind ADDR       IPv4 or IPv6 address to listen on [0.0.0.0]
   --keep-open       serve every line until the client closes
   --max-conns N     connections served at once; more wait in the backlog,
@@ -150,8 +164,9 @@ A TCP server whose lines become a debounced event stream.
   --max-line BYTES  longest line, its ending included [65536]
   --timeout MS      a connection that neither sends nor takes a byte for so
                     long is closed [60000]
-  -q, --quiet       print only what is observed
-  --health          probe the server on --bind:--tcp-port, exit 0 or 1
+  -q, --quiet       print events alone, one a line
+  --health          ask the server on --bind:--tcp-port, or without these the
+                    one that runs here, if it is well; exit 0 or 1
   -h, --help        print this
   -V, --version     print the version
 ";
@@ -159,7 +174,7 @@ A TCP server whose lines become a debounced event stream.
 /// What the command line asks for.
 pub enum Command {
     Serve(Options),
-    Health(SocketAddr),
+    Health(Asked),
     Print(&'static str),
 }
 
@@ -167,6 +182,10 @@ pub struct Options {
     address: SocketAddr,
     /// Period of the clock.
     interval: Duration,
+    /// Silence that ends a burst.
+    debounce: Duration,
+    /// Longest time for which a burst holds an event back.
+    max_wait: Option<Duration>,
     keep_open: bool,
     max_conns: usize,
     /// Longest line in bytes, its ending included.
@@ -176,23 +195,32 @@ pub struct Options {
     quiet: bool,
 }
 
+/// Whose health is asked for.
+pub struct Asked {
+    address: SocketAddr,
+    /// Neither address nor port was given.
+    default: bool,
+}
+
 impl Command {
     /// The error is a sentence that names the option as it was typed.
     pub fn parse(mut args: lexopt::Parser) -> Result<Command, String> {
         use lexopt::Arg::{Long, Short, Value};
 
-        let (mut ip, mut port) = (IpAddr::V4(Ipv4Addr::UNSPECIFIED), 8888);
-        let (mut interval, mut timeout) = (60_000, 60_000);
+        let (mut bind, mut port) = (None, None);
+        let (mut interval, mut debounce, mut max_wait, mut timeout) = (60_000, None, None, 60_000);
         let (mut max_conns, mut max_line) = (1024, 65_536);
         let (mut keep_open, mut quiet, mut health) = (false, false, false);
         loop {
             match args.next().map_err(sentence)? {
-                Some(Long("tcp-port")) => port = number(&mut args, "tcp-port", 0, 65_535)?,
+                Some(Long("tcp-port")) => port = Some(number(&mut args, "tcp-port", 0, 65_535)?),
                 Some(Long("interval")) => interval = number(&mut args, "interval", 10, u32::MAX)?,
+                Some(Long("debounce")) => debounce = Some(number(&mut args, "debounce", 1, u32::MAX)?),
+                Some(Long("max-wait")) => max_wait = Some(number(&mut args, "max-wait", 1, u32::MAX)?),
                 Some(Long("bind")) => {
                     let typed = value(&mut args)?;
-                    let address = typed.parse().ok();
-                    ip = address.ok_or_else(|| misfit("bind", "an IPv4 or IPv6 address", &typed))?;
+                    let address: Option<IpAddr> = typed.parse().ok();
+                    bind = Some(address.ok_or_else(|| misfit("bind", "an IPv4 or IPv6 address", &typed))?);
                 }
                 Some(Long("keep-open")) => keep_open = true,
                 Some(Long("max-conns")) => max_conns = number(&mut args, "max-conns", 1, u32::MAX)?,
@@ -210,17 +238,21 @@ impl Command {
                 None => break,
             }
         }
-        let address = SocketAddr::new(ip, port as u16);
+        let address =
+            SocketAddr::new(bind.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port.unwrap_or(8888) as u16);
         if health {
-            return Ok(Command::Health(address));
+            return Ok(Command::Health(Asked { address, default: bind.is_none() && port.is_none() }));
         }
+        let milliseconds = |number: u32| Duration::from_millis(number.into());
         Ok(Command::Serve(Options {
             address,
-            interval: Duration::from_millis(interval.into()),
+            interval: milliseconds(interval),
+            debounce: milliseconds(debounce.unwrap_or(interval / 10)),
+            max_wait: max_wait.map(milliseconds),
             keep_open,
             max_conns: max_conns as usize,
             max_line: max_line as usize,
-            timeout: Duration::from_millis(timeout.into()),
+            timeout: milliseconds(timeout),
             quiet,
         }))
     }
@@ -255,47 +287,128 @@ fn sentence(error: lexopt::Error) -> String {
     }
 }
 
+// ---------------------------------------------------------------- what tasks wait for
+
+/// Tasks that wait for something to change. Whoever changes it wakes them.
+#[derive(Default)]
+pub struct Waiters(RefCell<Vec<Waker>>);
+
+impl Waiters {
+    /// Ready if what is waited for `holds`; if not, the task is woken at the next change.
+    fn poll_until(&self, cx: &mut Context<'_>, holds: bool) -> Poll<()> {
+        if holds {
+            return Poll::Ready(());
+        }
+        let mut tasks = self.0.borrow_mut();
+        if !tasks.last().is_some_and(|task| task.will_wake(cx.waker())) {
+            tasks.push(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    fn wait_until(&self, holds: impl Fn() -> bool) -> impl Future<Output = ()> {
+        poll_fn(move |cx| self.poll_until(cx, holds()))
+    }
+
+    /// Waits for the next change.
+    fn wait(&self) -> impl Future<Output = ()> {
+        let waited = Cell::new(false);
+        self.wait_until(move || waited.replace(true))
+    }
+
+    pub fn wake_all(&self) {
+        for task in self.0.borrow_mut().drain(..) {
+            task.wake();
+        }
+    }
+}
+
+/// SIGINT and SIGTERM, as a descriptor to read.
+struct Signals(Async<SignalFd>);
+
+impl Signals {
+    fn mask() -> SigSet {
+        SigSet::from_iter([SIGINT, SIGTERM])
+    }
+
+    /// To be called before the first thread is started: threads inherit what is blocked.
+    fn block() -> Result<Signals, Errno> {
+        let _ = Self::mask().thread_block();
+        let signals = SignalFd::with_flags(&Self::mask(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+            .map_err(|error| errno(error.into()))?;
+        Ok(Signals(Async::new_nonblocking(signals).map_err(errno)?))
+    }
+
+    /// The number of the next signal.
+    async fn next(&self) -> i32 {
+        loop {
+            if let Ok(Some(signal)) = self.0.get_ref().read_signal() {
+                return signal.ssi_signo as i32;
+            }
+            let _ = poll_fn(|cx| self.0.poll_readable(cx)).await;
+        }
+    }
+}
+
+async fn sleep(duration: Duration) {
+    Timer::after(duration).await;
+}
+
 // ---------------------------------------------------------------- the server
 
 /// Clients accepted before the others get a turn.
 const ACCEPTED_AT_ONCE: u32 = 64;
 /// Pause after a failed accept: the descriptors or the memory that it lacked may be back by then.
 const BACK_OFF: Duration = Duration::from_millis(100);
-/// How long a client may take to end its line once the server stops.
+/// How long a client may take to end its line once the server stops, or to take a long echo once
+/// its connection ends.
 const GRACE: Duration = Duration::from_secs(5);
+/// Bytes of an echo that the kernel holds for a client: with the megabytes that it grows to by
+/// itself, seconds pass in which a slow client takes bytes and no one sees it.
+const SEND_BUFFER: usize = 128 * 1024;
 
 /// What all tasks share. They run on one thread, so cells do where locks would cost.
 pub struct Server {
     options: Options,
     pub executor: StaticLocalExecutor,
     /// Every line received, by whichever client.
-    pub lines: Subject<Vec<u8>>,
-    pub log: Log,
+    pub lines: Subject<String>,
+    pub transcript: Transcript,
+    /// Where sentences go; opened at the start, as later there may be no descriptor for it.
+    stderr: Option<Output>,
+    memory: LineMemory,
     /// The clients that are connected, by descriptor.
     clients: RefCell<Vec<Option<Rc<Client>>>>,
     /// How many they are.
     pub connected: Cell<usize>,
-    /// Notified when a client has left.
-    left: Condition,
-    /// Notified when a client has to be waited for.
-    waiting: Condition,
-    /// Set by the first signal.
-    stopping: Cell<bool>,
-    /// A read buffer that nobody uses right now.
-    spare: Cell<Vec<u8>>,
+    /// Waits for the signal to stop.
+    acceptor: Waiters,
+    /// Wait until a client has left.
+    departure: Waiters,
+    /// When the overdue are woken next, if anybody is waited for.
+    next_waking: Cell<Option<Instant>>,
+    /// Waits for a client that is due before that.
+    earlier: Waiters,
+    /// Set by the first signal: when clients are waited for no longer.
+    grace_end: Cell<Option<Instant>>,
 }
 
 /// Listens on an address, with as long a backlog as the kernel grants: std asks for 128, too few
-/// for a thousand clients at once.
-fn bind(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
+/// for a thousand clients at once. Connections inherit the options, which so cost no call for each.
+fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
     let socket = net::socket(family(address), SocketType::STREAM, None)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
+    sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER)?;
+    // An echo leaves at once, and an urgent byte is a byte of its line.
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    sockopt::set_socket_oobinline(&socket, true)?;
     if address.is_ipv6() {
         // `::` serves both families, whatever the system's default is.
         sockopt::set_ipv6_v6only(&socket, false)?;
     }
     net::bind(&socket, &SocketAddrAny::from(address))?;
     net::listen(&socket, i32::MAX)?;
+    // Registers it with the reactor; async-net's own `bind` takes neither backlog nor options.
     Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
 
@@ -310,16 +423,19 @@ fn family(address: SocketAddr) -> AddressFamily {
 impl Server {
     pub fn new(options: Options) -> Server {
         Server {
-            log: Log::new(options.quiet),
+            transcript: Transcript::new(options.quiet),
+            memory: LineMemory::new(options.max_line),
             options,
             executor: StaticLocalExecutor::new(),
             lines: Subject::default(),
+            stderr: Output::to(stderr()).ok(),
             clients: RefCell::default(),
             connected: Cell::default(),
-            left: Condition::default(),
-            waiting: Condition::default(),
-            stopping: Cell::default(),
-            spare: Cell::default(),
+            acceptor: Waiters::default(),
+            departure: Waiters::default(),
+            next_waking: Cell::default(),
+            earlier: Waiters::default(),
+            grace_end: Cell::default(),
         }
     }
 
@@ -328,24 +444,34 @@ impl Server {
         self.executor.spawn(future.boxed_local())
     }
 
-    /// Accepts clients until the first signal, waits for those it has, and completes the subject.
-    async fn serve(&'static self, listener: Arc<Async<TcpListener>>, signals: Signals) {
-        future::or(self.accept(&listener), async {
-            signals.next().await;
-        })
-        .await;
+    /// Serves clients until the first signal and until the last one has left, and completes the subject.
+    async fn serve(&'static self, listener: Arc<Async<TcpListener>>) {
+        self.accept(&listener).await;
         drop(listener);
-        self.spawn(async move { exit(128 + signals.next().await) }).detach();
-        self.drain().await;
-        self.lines.complete();
+        self.departure.wait_until(|| self.connected.get() == 0).await;
+        self.lines.on_completed();
     }
 
-    /// Accepts clients, as many at once as the options allow; never returns.
+    /// Stops at the first signal; the second one is the end.
+    async fn obey(&self, signals: Signals) {
+        signals.next().await;
+        self.grace_end.set(Some(Instant::now() + GRACE));
+        self.acceptor.wake_all();
+        self.clients.borrow().iter().flatten().for_each(|client| client.wake());
+        exit(128 + signals.next().await)
+    }
+
+    /// Accepts clients, as many at once as the options allow; once the server stops, those who are
+    /// in the backlog and nobody else.
     async fn accept(&'static self, listener: &Async<TcpListener>) {
         let mut warned: Option<Instant> = None;
         let mut accepted: u32 = 0;
         loop {
-            self.left.wait_until(|| self.connected.get() < self.options.max_conns).await;
+            self.departure.wait_until(|| self.connected.get() < self.options.max_conns).await;
+            if self.is_stopping() {
+                // The backlog takes nobody else.
+                let _ = net::listen(listener, 0);
+            }
             match net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
                     if let Some(Ok(peer)) = peer.map(SocketAddr::try_from) {
@@ -356,13 +482,20 @@ impl Server {
                         future::yield_now().await;
                     }
                 }
-                Err(Errno::AGAIN) => drop(poll_fn(|cx| listener.poll_readable(cx)).await),
+                Err(Errno::AGAIN) if self.is_stopping() => return,
+                Err(Errno::AGAIN) => {
+                    poll_fn(|cx| match self.acceptor.poll_until(cx, self.is_stopping()) {
+                        Poll::Pending => listener.poll_readable(cx).map(drop),
+                        stopping => stopping,
+                    })
+                    .await
+                }
                 // The client left before its turn came.
                 Err(Errno::CONNABORTED | Errno::INTR) => {}
                 Err(error) => {
                     if warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
                         warned = Some(Instant::now());
-                        complain(&format!("cannot accept: {}; trying again", reason(error)));
+                        self.complain(&format!("{}; trying again", failure("accept", error)));
                     }
                     sleep(BACK_OFF).await;
                 }
@@ -372,73 +505,75 @@ impl Server {
 
     /// Starts the task of a new client.
     pub fn welcome(&'static self, socket: TcpStream, peer: SocketAddr) {
-        let seat = socket.as_raw_fd() as usize;
-        let client = Rc::new(Client {
-            socket,
-            peer,
-            deadline: Cell::default(),
-            cut: Cell::default(),
-            task: Cell::default(),
-        });
+        let descriptor = socket.as_raw_fd() as usize;
+        let client = Rc::new(Client { socket, peer, due: Cell::default(), task: Cell::default() });
         let mut clients = self.clients.borrow_mut();
-        while clients.len() <= seat {
+        while clients.len() <= descriptor {
             clients.push(None);
         }
-        clients[seat] = Some(client.clone());
+        clients[descriptor] = Some(client.clone());
         self.connected.set(self.connected.get() + 1);
         let task = async move {
             Connection::new(self, &client).serve().await;
-            self.clients.borrow_mut()[seat] = None;
+            self.clients.borrow_mut()[descriptor] = None;
             self.connected.set(self.connected.get() - 1);
-            self.left.notify_all();
+            self.departure.wake_all();
         };
         self.spawn(task).detach();
     }
 
-    /// Waits until every line is served, five seconds at most.
-    async fn drain(&self) {
-        self.stopping.set(true);
-        self.each_client(Client::wake);
-        let gone = || self.left.wait_until(|| self.connected.get() == 0);
-        future::or(gone(), sleep(GRACE)).await;
-        self.each_client(Client::cut);
-        gone().await;
-    }
-
-    /// Cuts clients that neither send nor take a byte, an eighth of the timeout late at most. One
-    /// timer serves all, and none while there is nobody to wait for; never returns.
-    async fn close_the_idle(&self) {
+    /// Wakes the tasks of the clients whose time is over, an eighth of the timeout late at most:
+    /// each of them tries once more and then judges. One timer serves all, and none while there is
+    /// nobody to wait for; never returns.
+    async fn wake_the_overdue(&self) {
+        let pause = LOOK_AGAIN.min(self.options.timeout / 8);
         loop {
             let now = Instant::now();
             let mut next = None;
             for client in self.clients.borrow().iter().flatten() {
-                match client.deadline.get() {
-                    Some(deadline) if deadline <= now => client.cut(),
-                    Some(deadline) if next.is_none_or(|next| deadline < next) => next = Some(deadline),
+                match client.due.get() {
+                    Some(due) if due <= now => client.wake(),
+                    Some(due) if next.is_none_or(|next| due < next) => next = Some(due),
                     _ => {}
                 }
             }
+            self.next_waking.set(next);
             match next {
-                Some(next) => drop(Timer::at(next.max(now + self.options.timeout / 8)).await),
-                None => self.waiting.wait().await,
+                Some(next) => {
+                    let timer = sleep(next.max(now + pause) - now);
+                    future::or(timer, self.earlier.wait()).await;
+                }
+                None => self.earlier.wait().await,
             }
         }
     }
 
-    fn each_client(&self, visit: fn(&Client)) {
-        self.clients.borrow().iter().flatten().for_each(|client| visit(client));
+    fn is_stopping(&self) -> bool {
+        self.grace_end.get().is_some()
     }
 
-    /// Ready when log and subject have room: back-pressure instead of memory.
-    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
-        ready!(self.log.poll_room(cx));
-        self.lines.poll_room(cx)
+    fn grace_is_over(&self) -> bool {
+        self.grace_end.get().is_some_and(|end| end <= Instant::now())
+    }
+
+    /// Ready when transcript and subject take more: back-pressure instead of memory.
+    fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
+        ready!(self.transcript.poll_ready(cx));
+        self.lines.poll_ready(cx)
     }
 
     /// A line was received whole.
     fn receive(&self, line: &[u8], peer: &str) {
-        self.log.received(line, peer);
-        self.lines.next(line.to_vec());
+        let text = text_of(line);
+        self.transcript.received(&text, peer);
+        self.lines.on_next(text);
+    }
+
+    /// Prints a sentence on stderr, unless it would have to wait.
+    fn complain(&self, sentence: &str) {
+        if let Some(output) = &self.stderr {
+            complain(output.fd, sentence);
+        }
     }
 }
 
@@ -446,27 +581,25 @@ impl Server {
 
 /// Bytes that are read at once, unless a longer line is under way.
 const CHUNK: usize = 4096;
+/// Bytes of echo that leave at once, whatever the client's window and segments are like; they
+/// can't be lost when the connection closes behind them.
+const LEAVES_AT_ONCE: usize = 512;
+/// When a client that waits for memory looks again.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// What the server knows of a client.
 struct Client {
     /// Non-blocking.
     socket: TcpStream,
     peer: SocketAddr,
-    /// When to stop waiting for it; nothing while the server is at work for it.
-    deadline: Cell<Option<Instant>>,
-    /// The server gave up on it.
-    cut: Cell<bool>,
-    /// The task that waits for it.
+    /// When to wake the task that waits for it, if one does.
+    due: Cell<Option<Instant>>,
     task: Cell<Option<Waker>>,
 }
 
 impl Client {
-    fn cut(&self) {
-        self.cut.set(true);
-        self.wake();
-    }
-
     fn wake(&self) {
+        self.due.set(None);
         if let Some(task) = self.task.take() {
             task.wake();
         }
@@ -481,186 +614,327 @@ struct Connection<'a> {
     io: Option<Async<&'a TcpStream>>,
     /// Bytes received and not yet echoed. While there are none it has no memory.
     buffer: Vec<u8>,
-    /// There may be more to read right now: the last read filled the buffer, or a wait has passed since.
-    more: bool,
+    memory: Share,
+    /// So many bytes of the buffer are known to hold no newline.
+    searched: usize,
+    /// The part of the buffer that is still to be echoed.
+    unsent: (usize, usize),
+    /// Bytes echoed so far.
+    echoed: usize,
+    /// Whether an attempt may succeed right now: to read, to write.
+    ready: [bool; 2],
+    /// When to stop waiting for the client, counted from its last byte; none while the server is at work for it.
+    deadline: Option<Instant>,
+    /// A line was received.
+    received: bool,
+    /// Why the echo was given up.
+    gone: Option<Errno>,
+    /// The conversation is over, and what the client still sends is passed over.
+    lingering: bool,
+}
+
+/// A direction of a connection.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    In,
+    Out,
+}
+
+/// What a connection does next.
+#[derive(PartialEq)]
+enum Next {
+    Read,
+    /// Lines are left that the server can't take yet.
+    Wait,
+    Close,
 }
 
 impl<'a> Connection<'a> {
     fn new(server: &'static Server, client: &'a Client) -> Self {
-        Connection { server, client, io: None, buffer: Vec::new(), more: true }
+        Connection {
+            server,
+            client,
+            io: None,
+            buffer: Vec::new(),
+            memory: Share::default(),
+            searched: 0,
+            unsent: (0, 0),
+            echoed: 0,
+            ready: [true; 2],
+            deadline: None,
+            received: false,
+            gone: None,
+            lingering: false,
+        }
     }
 
-    /// Receives, hands on and echoes lines: one, or with `--keep-open` all that the client sends.
+    /// Receives lines and sends them back: one, or with `--keep-open` all that come.
     async fn serve(&mut self) {
-        let options = &self.server.options;
-        let mut received = false;
-        let mut searched = 0;
-        // An error is a client that has reset the connection or was cut: its unfinished line is no line.
-        while let Ok(count) = self.read().await {
-            let peer = shown(self.client.peer);
-            let ended = count == 0;
-            let mut end = 0;
-            let last = loop {
-                match first_line(&self.buffer[end..], searched, ended, options.max_line) {
-                    Line::Whole(length) => {
-                        self.room().await;
-                        self.server.receive(&self.buffer[end..end + length], &peer);
-                        received = true;
-                        end += length;
-                        searched = 0;
-                        if !options.keep_open {
-                            break true;
-                        }
-                    }
-                    Line::Partial => break ended,
-                    Line::TooLong => {
-                        let longest = decimal(options.max_line as u64);
-                        complain(&format!("line from {peer} is longer than {longest} bytes"));
-                        break true;
-                    }
+        let mut next = Next::Read;
+        let mut ended = false;
+        while next != Next::Close {
+            if next == Next::Wait {
+                self.wait_for_the_server().await;
+            } else {
+                match self.read().await {
+                    Ok(count) => ended = count == 0,
+                    // It was reset, or waited for long enough: an unfinished line is no line.
+                    Err(_) => break,
                 }
-            };
-            if self.echo(end).await.is_err() {
+            }
+            next = self.receive_lines(ended);
+            self.echo().await;
+            if self.server.grace_is_over() {
                 break;
             }
-            if last || self.server.stopping.get() && self.buffer.is_empty() {
-                if !ended {
-                    // The echo's end goes first: a reset, should the client send more, comes too late for harm.
-                    let _ = net::shutdown(&self.client.socket, Shutdown::Write);
-                    if self.has_unread() {
-                        // Boxed: it is rare, and every connection would hold its state (100 bytes).
-                        Box::pin(self.linger()).await;
-                    }
-                }
-                break;
-            }
-            searched = self.buffer.len();
-            if self.more {
+            if next == Next::Read && self.ready[Way::In as usize] {
                 // A client that never stops sending must not starve the others.
                 future::yield_now().await;
             }
         }
+        if !ended && self.gone.is_none() {
+            // The echo's end goes first: a reset, should the client send more, comes too late for harm.
+            let _ = net::shutdown(&self.client.socket, Shutdown::Write);
+            if self.must_linger() {
+                // Boxed: it is rare, and every connection would hold its state.
+                Box::pin(self.linger()).await;
+            }
+        }
         self.buffer.clear();
         self.release();
-        if received {
-            self.server.log.remark(&["Close the client socket"]);
+        if self.received {
+            self.server.transcript.remark(&["Close the client socket"]);
         }
+    }
+
+    /// Hands on the whole lines at the start of the buffer, as far as the server takes them, and
+    /// marks them for the echo.
+    fn receive_lines(&mut self, ended: bool) -> Next {
+        let options = &self.server.options;
+        let mut peer = String::new();
+        let mut end = 0;
+        let next = loop {
+            match first_line(&self.buffer[end..], self.searched, ended, options.max_line) {
+                Line::Whole(_) if !self.server.transcript.is_ready() || !self.server.lines.is_ready() => {
+                    break Next::Wait;
+                }
+                Line::Whole(length) => {
+                    if peer.is_empty() {
+                        peer = address_text(self.client.peer);
+                    }
+                    self.server.receive(&self.buffer[end..end + length], &peer);
+                    self.received = true;
+                    self.searched = 0;
+                    end += length;
+                    if !options.keep_open {
+                        break Next::Close;
+                    }
+                }
+                Line::Partial if ended => break Next::Close,
+                Line::Partial => {
+                    self.searched = self.buffer.len() - end;
+                    break Next::Read;
+                }
+                Line::TooLong => {
+                    let (peer, longest) = (address_text(self.client.peer), decimal(options.max_line as u64));
+                    self.server.complain(&format!("line from {peer} is longer than {longest} bytes"));
+                    self.buffer.truncate(end);
+                    break Next::Close;
+                }
+            }
+        };
+        self.unsent = (0, end);
+        next
+    }
+
+    /// Waits until the server takes another line.
+    fn wait_for_the_server(&mut self) -> impl Future<Output = ()> {
+        poll_fn(|cx| {
+            let ready = self.server.poll_ready(cx);
+            self.ready[Way::In as usize] |= ready.is_pending();
+            ready
+        })
     }
 
     /// Adds bytes to the buffer, waiting for them if there are none, and returns how many; 0 at the
-    /// end of what the client sends, and when the server stops and the client is between two lines.
+    /// end of what the client sends. The error is why there will be no more.
     fn read(&mut self) -> impl Future<Output = Result<usize, Errno>> {
-        poll_fn(|cx| {
-            loop {
-                if self.more || self.server.stopping.get() {
-                    match self.try_read() {
-                        Err(Errno::AGAIN | Errno::INTR) => {}
-                        result => return Poll::Ready(result),
-                    }
-                }
-                self.release();
-                if self.server.stopping.get() && self.buffer.is_empty() {
-                    return Poll::Ready(Ok(0));
-                }
-                ready!(self.poll_wait(cx, Async::poll_readable))?;
-                self.more = true;
-            }
+        poll_fn(|cx| match ready!(self.poll_io(cx, Way::In)) {
+            // After a failed echo, a reset looks like an end.
+            Ok(0) if self.gone == Some(Errno::CONNRESET) => Poll::Ready(Err(Errno::CONNRESET)),
+            outcome => Poll::Ready(outcome),
         })
     }
 
-    /// Adds the bytes that are there right now.
+    /// Sends back what is marked for it as it came, and forgets it. If that fails, only the echo is
+    /// given up: what else has arrived is received.
+    fn echo(&mut self) -> impl Future<Output = ()> {
+        poll_fn(|cx| {
+            while self.gone.is_none() && self.unsent.0 < self.unsent.1 {
+                self.gone = ready!(self.poll_io(cx, Way::Out)).err();
+            }
+            self.buffer.drain(..self.unsent.1);
+            Poll::Ready(())
+        })
+    }
+
+    /// Whether bytes of the echo may be lost if the socket is closed now: when it is a long one, or
+    /// when the client has sent bytes that nobody reads, which makes the kernel reset the connection.
+    fn must_linger(&mut self) -> bool {
+        let unread = || self.ready[Way::In as usize] && self.discard().is_ok_and(|count| count > 0);
+        self.echoed > LEAVES_AT_ONCE || self.received && (!self.buffer.is_empty() || unread())
+    }
+
+    /// Passes over what the client sends until it has the echo and closes, or the grace is over.
+    async fn linger(&mut self) {
+        self.buffer.clear();
+        self.lingering = true;
+        let end = Instant::now() + GRACE;
+        self.deadline = Some(end);
+        while let Ok(1..) = poll_fn(|cx| self.poll_io(cx, Way::In)).await {
+            if end <= Instant::now() || self.server.grace_is_over() {
+                break;
+            }
+            future::yield_now().await;
+        }
+    }
+
+    /// Attempts to read or to write until that succeeds or fails, waiting in between. Bytes that are
+    /// there count before any clock does: the client is given up on after one more attempt only.
+    fn poll_io(&mut self, cx: &mut Context<'_>, way: Way) -> Poll<Result<usize, Errno>> {
+        let client = self.client;
+        let mut overdue = false;
+        loop {
+            let mut starved = false;
+            if overdue || self.ready[way as usize] {
+                match self.attempt(way) {
+                    Err(Errno::AGAIN | Errno::INTR) => self.ready[way as usize] = false,
+                    Err(Errno::NOMEM) => starved = true,
+                    outcome => {
+                        client.due.set(None);
+                        if !self.lingering {
+                            self.deadline = None;
+                        }
+                        return Poll::Ready(outcome);
+                    }
+                }
+                if overdue {
+                    return Poll::Ready(Err(Errno::TIMEDOUT));
+                }
+            }
+            if way == Way::In {
+                self.release();
+            }
+            if !starved {
+                let io = match &mut self.io {
+                    Some(io) => io,
+                    none => none.insert(Async::new_nonblocking(&client.socket).map_err(errno)?),
+                };
+                let poll_ready = if way == Way::In { Async::poll_readable } else { Async::poll_writable };
+                if let Poll::Ready(result) = poll_ready(io, cx) {
+                    result.map_err(errno)?;
+                    self.ready[way as usize] = true;
+                    continue;
+                }
+            }
+            let now = Instant::now();
+            let mut due = self.deadline(way, now);
+            overdue = due <= now;
+            if !overdue {
+                if starved {
+                    due = due.min(now + LOOK_AGAIN);
+                }
+                self.ready[Way::In as usize] |= starved || way == Way::Out;
+                client.task.set(Some(cx.waker().clone()));
+                client.due.set(Some(due));
+                if self.server.next_waking.get().is_none_or(|next| due < next) {
+                    self.server.earlier.wake_all();
+                }
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn attempt(&mut self, way: Way) -> Result<usize, Errno> {
+        match way {
+            Way::In if self.lingering => self.discard(),
+            Way::In => self.try_read(),
+            Way::Out => {
+                let (start, end) = self.unsent;
+                let count = rustix::io::write(&self.client.socket, &self.buffer[start..end])?;
+                self.unsent.0 += count;
+                self.echoed = self.echoed.saturating_add(count);
+                Ok(count)
+            }
+        }
+    }
+
+    /// When to stop waiting for the client: a timeout after its last byte, or at the end of the
+    /// grace; at once if it is between two lines while the server stops.
+    fn deadline(&mut self, way: Way, now: Instant) -> Instant {
+        let deadline = *self.deadline.get_or_insert(now + self.server.options.timeout);
+        match self.server.grace_end.get() {
+            Some(_) if way == Way::In && self.buffer.is_empty() && !self.lingering => now,
+            Some(end) => deadline.min(end),
+            None => deadline,
+        }
+    }
+
+    /// Adds the bytes that are there right now. The error is NOMEM if there is no memory for them.
     fn try_read(&mut self) -> Result<usize, Errno> {
-        self.reserve();
+        if !self.reserve() {
+            return self.try_read_line();
+        }
         let count = rustix::io::read(&self.client.socket, spare_capacity(&mut self.buffer))?;
-        self.more = self.buffer.len() == self.buffer.capacity();
-        self.client.deadline.set(None);
+        self.ready[Way::In as usize] = self.buffer.len() == self.buffer.capacity();
         Ok(count)
     }
 
-    /// Waits until the server can take a line.
-    fn room(&mut self) -> impl Future<Output = ()> {
-        poll_fn(|cx| {
-            let room = self.server.poll_room(cx);
-            self.more |= room.is_pending();
-            room
-        })
-    }
-
-    /// Sends the first bytes of the buffer back as they came, and forgets them.
-    fn echo(&mut self, end: usize) -> impl Future<Output = Result<(), Errno>> {
-        let mut sent = 0;
-        poll_fn(move |cx| {
-            while sent < end {
-                match rustix::io::write(&self.client.socket, &self.buffer[sent..end]) {
-                    Ok(count) => {
-                        sent += count;
-                        self.client.deadline.set(None);
-                    }
-                    Err(Errno::AGAIN | Errno::INTR) => {
-                        self.more = true;
-                        ready!(self.poll_wait(cx, Async::poll_writable))?;
-                    }
-                    Err(error) => return Poll::Ready(Err(error)),
-                }
-            }
-            self.buffer.drain(..end);
-            Poll::Ready(Ok(()))
-        })
-    }
-
-    /// The client has sent more than was asked for.
-    fn has_unread(&mut self) -> bool {
-        !self.buffer.is_empty() || self.more && self.try_read().is_ok_and(|count| count > 0)
-    }
-
-    /// Closing while bytes are unread would reset the connection, and the client might lose the
-    /// echo: so some of them are read first.
-    async fn linger(&mut self) {
-        let read = async {
-            let mut unwanted = 0;
-            while unwanted <= self.server.options.max_line {
-                self.buffer.clear();
-                match self.read().await {
-                    Ok(0) | Err(_) => break,
-                    Ok(count) => unwanted += count,
-                }
-            }
+    /// Adds the bytes that are there up to the end of a line, if that is among them and if the line
+    /// goes on at once: then no memory is needed for long.
+    fn try_read_line(&mut self) -> Result<usize, Errno> {
+        let mut chunk = [0; CHUNK];
+        let (_, count) = net::recv(&self.client.socket, &mut chunk[..], RecvFlags::PEEK)?;
+        let length = match chunk[..count].iter().position(|&byte| byte == b'\n') {
+            Some(index) => index + 1,
+            None if count == 0 || self.buffer.len() + count > self.server.options.max_line => count,
+            None => return Err(Errno::NOMEM),
         };
-        future::or(read, sleep(GRACE)).await;
+        if !self.server.transcript.is_ready() || !self.server.lines.is_ready() {
+            // It is the server that keeps the client waiting.
+            self.deadline = None;
+            return Err(Errno::NOMEM);
+        }
+        if self.gone.is_none() && !is_writable(self.client.socket.as_fd()) {
+            return Err(Errno::NOMEM);
+        }
+        let length = rustix::io::read(&self.client.socket, &mut chunk[..length])?;
+        self.buffer.extend_from_slice(&chunk[..length]);
+        self.ready[Way::In as usize] = true;
+        Ok(length)
     }
 
-    /// Waits until the socket is ready; an error if the client was cut meanwhile.
-    fn poll_wait(&mut self, cx: &mut Context<'_>, poll_ready: PollReady<'a>) -> Poll<Result<(), Errno>> {
-        let client = self.client;
-        if client.cut.get() {
-            return Poll::Ready(Err(Errno::TIMEDOUT));
-        }
-        let io = match &mut self.io {
-            Some(io) => io,
-            none => none.insert(Async::new_nonblocking(&client.socket).map_err(errno)?),
-        };
-        let ready = poll_ready(io, cx).map_err(errno);
-        if ready.is_pending() {
-            client.task.set(Some(cx.waker().clone()));
-            if client.deadline.get().is_none() {
-                client.deadline.set(Some(Instant::now() + self.server.options.timeout));
-                self.server.waiting.notify_all();
-            }
-        }
-        ready
+    /// Passes over the bytes that are there right now.
+    fn discard(&self) -> Result<usize, Errno> {
+        let mut chunk = [MaybeUninit::uninit(); CHUNK];
+        let (bytes, _) = rustix::io::read(&self.client.socket, &mut chunk)?;
+        Ok(bytes.len())
     }
 
-    /// Makes room for more bytes: a chunk, or for a longer line up to as much again, never
-    /// beyond the longest line.
-    fn reserve(&mut self) {
-        if self.buffer.capacity() == 0 {
-            self.buffer = self.server.spare.take();
-        }
+    /// Makes room for more bytes: a chunk, or for a longer line up to as much again, never beyond
+    /// the longest line, and no more than there is memory. Returns whether there is room.
+    fn reserve(&mut self) -> bool {
         let length = self.buffer.len();
-        if length == self.buffer.capacity() {
-            let limit = (self.server.options.max_line + 1).max(CHUNK);
-            self.buffer.reserve_exact(length.max(CHUNK).min(limit - length));
+        if length < self.buffer.capacity() {
+            return true;
         }
+        let limit = (self.server.options.max_line + 1).max(CHUNK);
+        let granted = self.memory.extend(&self.server.memory, length.max(CHUNK).min(limit - length));
+        if granted == CHUNK && length == 0 {
+            self.buffer = self.server.memory.chunk.take();
+        }
+        self.buffer.reserve_exact(granted);
+        granted > 0
     }
 
     /// Gives memory back before a wait: an empty buffer whole, what another may hold no more.
@@ -668,14 +942,13 @@ impl<'a> Connection<'a> {
         if !self.buffer.is_empty() {
             self.buffer.shrink_to(2 * self.buffer.len());
         } else if self.buffer.capacity() == CHUNK {
-            self.server.spare.set(mem::take(&mut self.buffer));
+            self.server.memory.chunk.set(mem::take(&mut self.buffer));
         } else {
             self.buffer = Vec::new();
         }
+        self.memory.shrink_to(&self.server.memory, self.buffer.capacity());
     }
 }
-
-type PollReady<'a> = fn(&Async<&'a TcpStream>, &mut Context<'_>) -> Poll<io::Result<()>>;
 
 enum Line {
     /// Its length in bytes, its ending included.
@@ -696,63 +969,139 @@ fn first_line(bytes: &[u8], searched: usize, ended: bool, longest: usize) -> Lin
     }
 }
 
+// ---------------------------------------------------------------- memory for lines
+
+/// Memory for lines that are not yet received or not yet echoed, over all connections: 512 KiB, or
+/// eight of the longest lines. One connection at a time may go beyond it, up to its longest line:
+/// so of clients that wait for each other's memory, one always gets on.
+struct LineMemory {
+    /// Bytes that nobody holds.
+    free: Cell<usize>,
+    /// Whether nobody goes beyond it.
+    overdraft: Cell<bool>,
+    /// A read buffer that nobody uses right now.
+    chunk: Cell<Vec<u8>>,
+}
+
+impl LineMemory {
+    fn new(max_line: usize) -> Self {
+        LineMemory {
+            free: Cell::new((8 * max_line).max(512 * 1024)),
+            overdraft: Cell::new(true),
+            chunk: Cell::default(),
+        }
+    }
+}
+
+/// A connection's share of it.
+#[derive(Default)]
+struct Share {
+    bytes: usize,
+    /// It is the one that goes beyond, and what it holds does not count.
+    overdrawn: bool,
+}
+
+impl Share {
+    /// Takes more bytes, and returns how many there are.
+    fn extend(&mut self, memory: &LineMemory, wanted: usize) -> usize {
+        let free = memory.free.get();
+        if free == 0 && memory.overdraft.take() {
+            self.overdrawn = true;
+            memory.free.set(mem::take(&mut self.bytes));
+        }
+        if self.overdrawn {
+            return wanted;
+        }
+        let granted = wanted.min(free);
+        memory.free.set(free - granted);
+        self.bytes += granted;
+        granted
+    }
+
+    /// Gives back all but so many bytes.
+    fn shrink_to(&mut self, memory: &LineMemory, bytes: usize) {
+        let free = memory.free.get();
+        if !self.overdrawn {
+            let bytes = bytes.min(self.bytes);
+            memory.free.set(free + mem::replace(&mut self.bytes, bytes) - bytes);
+        } else if bytes <= free {
+            *self = Share { bytes, overdrawn: false };
+            memory.free.set(free - bytes);
+            memory.overdraft.set(true);
+        }
+    }
+}
+
 // ---------------------------------------------------------------- the subject
 
-/// Items that the subject holds before its writers have to wait.
-const BACKLOG: usize = 64;
+/// Bytes of text that wait, in the subject and for stdout, before those who add more have to wait, too.
+const WAITING_TEXT: usize = 64 * 1024;
 
-/// Rx's subject: many writers, one observer, hot. It is bounded, so that an observer who is slow
-/// holds up the writers instead of filling the memory.
+/// Rx's subject, hot, as this program needs it: many call `on_next`, one observes. Unlike Rx's it
+/// is bounded, so that an observer who is slow holds up the callers instead of filling the memory.
 pub struct Subject<T> {
     items: RefCell<VecDeque<T>>,
+    /// The bytes of all items.
+    bytes: Cell<usize>,
     completed: Cell<bool>,
-    /// Notified when there is something to observe.
-    written: Condition,
-    /// Notified when there is room again.
-    read: Condition,
+    /// Wait for something to observe.
+    observer: Waiters,
+    /// Wait for room.
+    callers: Waiters,
 }
 
 impl<T> Default for Subject<T> {
     fn default() -> Self {
         Subject {
             items: RefCell::default(),
+            bytes: Cell::default(),
             completed: Cell::default(),
-            written: Condition::default(),
-            read: Condition::default(),
+            observer: Waiters::default(),
+            callers: Waiters::default(),
         }
     }
 }
 
-impl<T> Subject<T> {
-    /// Rx's `on_next`. Writers wait for `room` before.
-    pub fn next(&self, item: T) {
+impl<T: AsRef<[u8]>> Subject<T> {
+    /// Callers wait before, until it is ready.
+    pub fn on_next(&self, item: T) {
+        self.bytes.set(self.bytes.get() + weight(&item));
         self.items.borrow_mut().push_back(item);
-        self.written.notify_all();
+        self.observer.wake_all();
     }
 
-    /// Rx's `on_completed`.
-    pub fn complete(&self) {
+    pub fn on_completed(&self) {
         self.completed.set(true);
-        self.written.notify_all();
+        self.observer.wake_all();
     }
 
-    /// Ready when the observer has made room.
-    pub fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.read.poll_until(cx, self.items.borrow().len() < BACKLOG)
+    fn is_ready(&self) -> bool {
+        self.bytes.get() < WAITING_TEXT
+    }
+
+    /// Ready when there is room for an item.
+    pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.callers.poll_until(cx, self.is_ready())
     }
 
     /// The stream of the items, which ends when the subject is complete.
     pub fn observe(&self) -> impl Stream<Item = T> {
         stream::poll_fn(|cx| {
             let item = self.items.borrow_mut().pop_front();
-            if item.is_some() {
-                self.read.notify_all();
+            if let Some(item) = &item {
+                self.bytes.set(self.bytes.get() - weight(item));
+                self.callers.wake_all();
             } else {
-                ready!(self.written.poll_until(cx, self.completed.get()));
+                ready!(self.observer.poll_until(cx, self.completed.get()));
             }
             Poll::Ready(item)
         })
     }
+}
+
+/// The bytes that an item counts for: its own, and those of a place in the queue.
+fn weight<T: AsRef<[u8]>>(item: &T) -> usize {
+    item.as_ref().len() + size_of::<T>()
 }
 
 // ---------------------------------------------------------------- the operators
@@ -819,16 +1168,24 @@ pub trait RxExt: Stream + Sized {
         Merge { a: self.fuse(), b: other.fuse(), a_turn: false }
     }
 
-    /// Only the items that are followed by a `window` of silence, at its end.
+    /// Only the items that are followed by a `window` of silence, at its end; with a `max_wait`
+    /// also the latest item once one has been pending for so long.
     ///
     /// ```text
-    /// source           1-2---3----|
-    /// debounce(3)      ------2--3-|
+    /// source              1-2---3-4-5-6-7----|
+    /// debounce(3)         -----2-----------7-|
+    /// debounce(3, 5)      -----2----5----7---|
     /// ```
     ///
-    /// When the source ends, the item that is pending comes at once (RxPY's `debounce`).
-    fn debounce<S: Scheduler>(self, scheduler: S, window: Duration) -> Debounce<Self, S> {
-        Debounce { source: self.fuse(), scheduler, window, pending: None, timer: None }
+    /// When the source ends, the item that is pending comes at once (RxPY's `debounce`). Rx has no
+    /// `max_wait`; it is the `maxWait` of lodash's `debounce`.
+    fn debounce<S: Scheduler>(
+        self,
+        scheduler: S,
+        window: Duration,
+        max_wait: Option<Duration>,
+    ) -> Debounce<Self, S> {
+        Debounce { source: self.fuse(), scheduler, window, max_wait, pending: None, timer: None }
     }
 }
 
@@ -874,12 +1231,21 @@ pin_project! {
         source: stream::Fuse<A>,
         scheduler: S,
         window: Duration,
-        // The latest item and when its silence ends.
-        pending: Option<(A::Item, Instant)>,
-        // Set for the end of a silence, its own or that of an item which has been replaced since:
-        // a flood of items sets one timer a window.
+        max_wait: Option<Duration>,
+        pending: Option<Pending<A::Item>>,
+        // Set for an instant at which an item was due, the pending one or another that it has
+        // replaced since: a flood of items sets one timer a window.
         timer: Option<S::Timer>,
     }
+}
+
+/// The latest item of a burst.
+struct Pending<T> {
+    item: T,
+    /// When it comes out, unless it is replaced.
+    due: Instant,
+    /// When the burst has held items back for long enough.
+    latest: Option<Instant>,
 }
 
 impl<A: Stream, S: Scheduler> Stream for Debounce<A, S> {
@@ -889,76 +1255,76 @@ impl<A: Stream, S: Scheduler> Stream for Debounce<A, S> {
         let mut this = self.project();
         let now = this.scheduler.now();
         // Late (the process was stopped, say): its silence was over before whatever comes now.
-        if let Some((item, _)) = this.pending.take_if(|(_, due)| *due < now) {
-            return Poll::Ready(Some(item));
+        if let Some(pending) = this.pending.take_if(|pending| pending.due < now) {
+            return Poll::Ready(Some(pending.item));
         }
         loop {
             match this.source.as_mut().poll_next(cx) {
-                Poll::Ready(Some(item)) => *this.pending = Some((item, now + *this.window)),
-                Poll::Ready(None) => return Poll::Ready(this.pending.take().map(|(item, _)| item)),
+                Poll::Ready(Some(item)) => {
+                    let latest = match this.pending {
+                        Some(pending) => pending.latest,
+                        None => this.max_wait.map(|wait| now + wait),
+                    };
+                    let due = now + *this.window;
+                    let due = latest.map_or(due, |latest| latest.min(due));
+                    *this.pending = Some(Pending { item, due, latest });
+                }
+                Poll::Ready(None) => return Poll::Ready(this.pending.take().map(|pending| pending.item)),
                 Poll::Pending => break,
             }
         }
-        while let Some((_, due)) = this.pending {
+        while let Some(Pending { due, .. }) = this.pending {
             let timer = this.timer.get_or_insert_with(|| this.scheduler.at(*due));
             ready!(Pin::new(timer).poll(cx));
             *this.timer = None;
             if *due <= this.scheduler.now() {
-                return Poll::Ready(this.pending.take().map(|(item, _)| item));
+                return Poll::Ready(this.pending.take().map(|pending| pending.item));
             }
         }
         Poll::Pending
     }
 }
 
-// ---------------------------------------------------------------- the log
+// ---------------------------------------------------------------- standard output
 
-/// Bytes of text that wait for stdout before those who write more have to wait, too.
-const LOG_ROOM: usize = 64 * 1024;
-/// What a pipe that is writable takes without blocking (POSIX: PIPE_BUF), and never in two parts.
+/// What a pipe takes whole or not at all (POSIX: PIPE_BUF).
 const AT_ONCE: usize = 4096;
 
 /// What goes to stdout. Tasks add whole lines; one task writes all that a turn of the executor
 /// has left, so that a batch costs one system call and a lone line still appears at once.
-pub struct Log {
+pub struct Transcript {
     quiet: bool,
     pub text: RefCell<String>,
+    /// Bytes that are being written.
+    writing: Cell<usize>,
     closing: Cell<bool>,
     /// Why nothing can be written any more.
     failed: Cell<Option<Errno>>,
-    /// Notified when there is something to write.
-    written: Condition,
-    /// Notified when there is room again.
-    pub taken: Condition,
+    /// Waits for something to write.
+    writer: Waiters,
+    /// Wait for room.
+    pub callers: Waiters,
 }
 
-impl Log {
-    fn new(quiet: bool) -> Log {
-        Log {
+impl Transcript {
+    fn new(quiet: bool) -> Transcript {
+        Transcript {
             quiet,
             text: RefCell::default(),
+            writing: Cell::default(),
             closing: Cell::default(),
             failed: Cell::default(),
-            written: Condition::default(),
-            taken: Condition::default(),
+            writer: Waiters::default(),
+            callers: Waiters::default(),
         }
     }
 
-    fn received(&self, line: &[u8], peer: &str) {
-        if !self.quiet {
-            let line = String::from_utf8_lossy(line);
-            let mut text = self.text.borrow_mut();
-            text.push_str("Received ");
-            let start = text.len();
-            push_escaped(&mut text, without_ending(&line));
-            let escaped = start..text.len();
-            text.push_str(" from ");
-            text.push_str(peer);
-            text.push_str("\nSend: ");
-            text.extend_from_within(escaped);
-            text.push('\n');
-            self.written.notify_all();
-        }
+    fn received(&self, line: &str, peer: &str) {
+        self.remark(&["Received ", line, " from ", peer, "\nSend: ", line]);
+    }
+
+    fn event(&self, event: &str) {
+        self.line(&[if self.quiet { "" } else { "Observing " }, event]);
     }
 
     /// A line that `--quiet` leaves out.
@@ -968,47 +1334,52 @@ impl Log {
         }
     }
 
-    /// A line for everybody, from its parts.
+    /// A line, from its parts.
     fn line(&self, parts: &[&str]) {
         let mut text = self.text.borrow_mut();
         parts.iter().for_each(|part| text.push_str(part));
         text.push('\n');
-        self.written.notify_all();
+        self.writer.wake_all();
     }
 
-    /// Ready when stdout has made room.
-    fn poll_room(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.taken.poll_until(cx, self.text.borrow().len() < LOG_ROOM)
+    fn is_ready(&self) -> bool {
+        self.text.borrow().len() + self.writing.get() < WAITING_TEXT
+    }
+
+    /// Ready when there is room for a line.
+    fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.callers.poll_until(cx, self.is_ready())
     }
 
     /// Lets `write` end once all is written.
     fn close(&self) {
         self.closing.set(true);
-        self.written.notify_all();
+        self.writer.wake_all();
     }
 
-    /// Writes to stdout what is added, until the log is closed or stdout has failed.
-    async fn write(&self) {
-        let mut io = None;
+    /// Writes what is added, until the transcript is closed or the output has failed.
+    async fn write(&self, mut output: Output) {
         loop {
-            self.written.wait_until(|| self.closing.get() || !self.text.borrow().is_empty()).await;
+            self.writer.wait_until(|| self.closing.get() || !self.text.borrow().is_empty()).await;
             let text = self.text.take();
             if text.is_empty() {
-                return;
+                return output.end().await;
             }
-            self.taken.notify_all();
+            self.writing.set(text.len());
             let mut rest = text.as_bytes();
             while !rest.is_empty() {
-                match write_out(batch(rest), &mut io).await {
+                match output.write(batch(rest)).await {
                     Ok(count) => rest = &rest[count..],
                     Err(error) => return self.failed.set(Some(error)),
                 }
             }
+            self.writing.set(0);
+            self.callers.wake_all();
         }
     }
 }
 
-/// As many whole lines as stdout takes at once, or a part of one that is longer.
+/// As many whole lines as a pipe takes at once, or a part of one that is longer.
 fn batch(text: &[u8]) -> &[u8] {
     if text.len() <= AT_ONCE {
         return text;
@@ -1020,44 +1391,124 @@ fn batch(text: &[u8]) -> &[u8] {
     }
 }
 
-/// Writes to stdout without blocking and without making it non-blocking, which whoever else has
-/// the same file open would feel.
-async fn write_out(bytes: &[u8], io: &mut Option<Async<BorrowedFd<'static>>>) -> Result<usize, Errno> {
-    loop {
-        if is_writable(stdout()) {
-            match rustix::io::write(stdout(), bytes) {
-                Err(Errno::AGAIN | Errno::INTR) => {}
-                result => return result,
+/// A standard stream that is written to without ever blocking.
+struct Output {
+    /// Non-blocking, or a regular file.
+    fd: BorrowedFd<'static>,
+    /// A thread carries on from here what is written.
+    relayed: bool,
+    /// The reactor's registration, made once there is something to wait for.
+    io: Option<Async<BorrowedFd<'static>>>,
+}
+
+impl Output {
+    fn to(stream: BorrowedFd<'static>) -> Result<Output, Errno> {
+        let anew = open_anew(stream);
+        Ok(Output { relayed: anew.is_err(), fd: anew.or_else(|_| relay(stream))?, io: None })
+    }
+
+    /// Writes some of the bytes once some can be taken, and returns how many.
+    fn write(&mut self, bytes: &[u8]) -> impl Future<Output = Result<usize, Errno>> {
+        poll_fn(|cx| {
+            loop {
+                match rustix::io::write(self.fd, bytes) {
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) => {
+                        let io = match &mut self.io {
+                            Some(io) => io,
+                            none => none.insert(Async::new_nonblocking(self.fd).map_err(errno)?),
+                        };
+                        ready!(io.poll_writable(cx)).map_err(errno)?;
+                    }
+                    outcome => return Poll::Ready(outcome),
+                }
             }
+        })
+    }
+
+    /// Returns when all is delivered; where a thread delivers it, that one ends the process.
+    async fn end(self) {
+        if self.relayed {
+            let _ = net::shutdown(self.fd, Shutdown::Write);
+            future::pending().await
         }
-        if io.is_none() {
-            *io = Some(Async::new_nonblocking(stdout()).map_err(errno)?);
-        }
-        poll_fn(|cx| io.as_ref().map_or(Poll::Pending, |io| io.poll_writable(cx))).await.map_err(errno)?;
     }
 }
 
-fn errno(error: io::Error) -> Errno {
-    Errno::from_io_error(&error).unwrap_or(Errno::IO)
+/// Opens the file of a stream once more, non-blocking: making the stream itself so would be felt by
+/// all who share it. A regular file blocks nobody, and has its place to write at in the stream.
+fn open_anew(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> {
+    if FileType::from_raw_mode(fs::fstat(stream)?.st_mode) == FileType::RegularFile {
+        return Ok(stream);
+    }
+    let path = if is_stdout(stream) { c"/proc/self/fd/1" } else { c"/proc/self/fd/2" };
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    Ok(forever(fs::open(path, flags, Mode::empty())?))
 }
 
-/// What went wrong, in words. The standard library's own, for every number, would cost 2 kB more.
-fn reason(error: Errno) -> String {
-    let words = match error {
-        Errno::ACCESS | Errno::PERM => "permission denied",
-        Errno::ADDRINUSE => "address in use",
-        Errno::ADDRNOTAVAIL => "address not available",
-        Errno::AFNOSUPPORT => "address family not supported",
-        Errno::CONNREFUSED => "connection refused",
-        Errno::CONNRESET => "connection reset",
-        Errno::DQUOT | Errno::FBIG | Errno::NOSPC => "no storage space",
-        Errno::HOSTUNREACH | Errno::NETUNREACH => "network unreachable",
-        Errno::INVAL => "invalid argument",
-        Errno::MFILE | Errno::NFILE => "no descriptor is free",
-        Errno::NOBUFS | Errno::NOMEM => "out of memory",
-        _ => "unexpected",
+/// A way to a stream that can't be opened anew (a socket, or a pipe or terminal of another user's): a
+/// socket, and at its other end a thread that may block on the stream in our place.
+fn relay(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> {
+    let (near, far) = net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    rustix::io::ioctl_fionbio(&near, true)?;
+    let copy = move || {
+        let outcome = written_out(copy(&far, stream));
+        // The last byte is delivered, or none can be any more. Without stdout that is the end.
+        if is_stdout(stream) {
+            let Err(message) = outcome else { exit(0) };
+            complain(open_anew(stderr()).unwrap_or(stderr()), &message);
+            exit(1);
+        }
+        loop {
+            thread::park();
+        }
     };
-    format!("{words} (error {})", decimal(error.raw_os_error() as u64))
+    thread::Builder::new().spawn(copy).map_err(errno)?;
+    Ok(forever(near))
+}
+
+/// Copies all that comes; returns why it could go no further, if that is so.
+fn copy(from: &OwnedFd, to: BorrowedFd) -> Option<Errno> {
+    let mut chunk = [0; CHUNK];
+    loop {
+        let mut rest = match rustix::io::read(from, &mut chunk) {
+            Ok(0) => return None,
+            Ok(count) => &chunk[..count],
+            Err(_) => &[],
+        };
+        while !rest.is_empty() {
+            match rustix::io::write(to, rest) {
+                Ok(count) => rest = &rest[count..],
+                Err(Errno::INTR) => {}
+                // Somebody else has made it non-blocking.
+                Err(Errno::AGAIN) => drop(poll(&mut [PollFd::new(&to, PollFlags::OUT)], None)),
+                Err(error) => return Some(error),
+            }
+        }
+    }
+}
+
+/// What it means when writing to stdout has come to this end.
+fn written_out(failed: Option<Errno>) -> Result<(), String> {
+    match failed {
+        // The reader of a closed pipe has seen what it wanted.
+        None | Some(Errno::PIPE) => Ok(()),
+        Some(error) => Err(failure("write to stdout", error)),
+    }
+}
+
+fn is_stdout(stream: BorrowedFd) -> bool {
+    stream.as_raw_fd() == stdout().as_raw_fd()
+}
+
+/// A descriptor that is open for as long as the process lives.
+fn forever(fd: OwnedFd) -> BorrowedFd<'static> {
+    let fd: &'static OwnedFd = Box::leak(Box::new(fd));
+    fd.as_fd()
+}
+
+fn complain(fd: BorrowedFd, sentence: &str) {
+    let _ = rustix::io::write(fd, format!("smolrx: {sentence}\n").as_bytes());
 }
 
 fn is_writable(fd: BorrowedFd) -> bool {
@@ -1065,17 +1516,42 @@ fn is_writable(fd: BorrowedFd) -> bool {
     poll(&mut [PollFd::new(&fd, PollFlags::OUT)], Some(&now)) == Ok(1)
 }
 
-/// Prints a sentence on stderr, unless that would block.
-fn complain(sentence: &str) {
-    if is_writable(stderr()) {
-        let _ = rustix::io::write(stderr(), format!("smolrx: {sentence}\n").as_bytes());
+// ---------------------------------------------------------------- text
+
+/// A received line as everybody sees it: as text, stripped, escaped.
+pub fn text_of(line: &[u8]) -> String {
+    escaped(String::from_utf8_lossy(line).trim())
+}
+
+/// Words so that they stay one line and can't talk to the terminal: what could do either is shown
+/// as Rust writes it, `\u{1b}` for ESC.
+fn escaped(words: &str) -> String {
+    let mut text = String::new();
+    let mut start = 0;
+    for (end, character) in words.char_indices() {
+        if is_hostile(character) {
+            text.push_str(&words[start..end]);
+            character.escape_default().for_each(|character| text.push(character));
+            start = end + character.len_utf8();
+        }
+    }
+    text.push_str(&words[start..]);
+    text
+}
+
+/// Control characters, and those that break lines or reorder them (Unicode's bidi controls).
+fn is_hostile(character: char) -> bool {
+    match character {
+        ' '..='~' => false,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,
+        _ => character.is_control(),
     }
 }
 
-/// An address as the log and the sentences have it: an IPv4 client of an IPv6 socket is an IPv4 client,
+/// An address as people write it: an IPv4 client of an IPv6 socket is an IPv4 client,
 /// and of an IPv6 address the first of the longest runs of zeros is left out, if it is longer than one
 /// (RFC 5952). The standard library's own way from numbers to text also pads: 2 kB.
-pub fn shown(address: SocketAddr) -> String {
+pub fn address_text(address: SocketAddr) -> String {
     let mut text = String::new();
     match address.ip().to_canonical() {
         IpAddr::V4(ip) => push_joined(&mut text, &ip.octets().map(u16::from), 10, '.'),
@@ -1122,109 +1598,71 @@ fn decimal(number: u64) -> String {
     text
 }
 
-fn without_ending(line: &str) -> &str {
-    line.strip_suffix("\r\n").or(line.strip_suffix('\n')).unwrap_or(line)
+fn errno(error: io::Error) -> Errno {
+    Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
-/// Adds words so that they stay one line and can't talk to the terminal: what could do either is shown
-/// as Rust writes it, `\u{1b}` for ESC.
-fn push_escaped(text: &mut String, words: &str) {
-    let mut start = 0;
-    for (end, character) in words.char_indices() {
-        if is_hostile(character) {
-            text.push_str(&words[start..end]);
-            character.escape_default().for_each(|character| text.push(character));
-            start = end + character.len_utf8();
-        }
-    }
-    text.push_str(&words[start..]);
+/// What went wrong, in words. The standard library's own, for every number, would cost 2 kB more.
+fn reason(error: Errno) -> String {
+    let words = match error {
+        Errno::ACCESS | Errno::PERM => "permission denied",
+        Errno::ADDRINUSE => "address in use",
+        Errno::ADDRNOTAVAIL => "address not available",
+        Errno::AFNOSUPPORT => "address family not supported",
+        Errno::CONNREFUSED => "connection refused",
+        Errno::CONNRESET => "connection reset",
+        Errno::DQUOT | Errno::FBIG | Errno::NOSPC => "no storage space",
+        Errno::HOSTUNREACH | Errno::NETUNREACH => "network unreachable",
+        Errno::INVAL => "invalid argument",
+        Errno::MFILE | Errno::NFILE => "no descriptor is free",
+        Errno::NOBUFS | Errno::NOMEM => "out of memory",
+        _ => "unexpected",
+    };
+    format!("{words} (error {})", decimal(error.raw_os_error() as u64))
 }
 
-/// Control characters, and those that break lines or reorder them (Unicode's bidi controls).
-fn is_hostile(character: char) -> bool {
-    match character {
-        ' '..='~' => false,
-        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,
-        _ => character.is_control(),
-    }
+// ---------------------------------------------------------------- the health check
+
+/// The abstract Unix socket at which the only server of a network namespace, or the first one, is asked.
+const HEALTH_NAME: &str = "smolrx";
+
+/// The one at which a server is asked by its address and port.
+fn health_name(address: &str) -> String {
+    format!("{HEALTH_NAME} {address}")
 }
 
-// ---------------------------------------------------------------- waiting, signals, health
-
-/// Tasks that wait for a condition. Whoever changes what it depends on notifies them.
-#[derive(Default)]
-pub struct Condition(RefCell<Vec<Waker>>);
-
-impl Condition {
-    /// Ready if the condition `holds`; if not, the task is woken at the next notification.
-    fn poll_until(&self, cx: &mut Context<'_>, holds: bool) -> Poll<()> {
-        if holds {
-            return Poll::Ready(());
-        }
-        let mut tasks = self.0.borrow_mut();
-        if !tasks.last().is_some_and(|task| task.will_wake(cx.waker())) {
-            tasks.push(cx.waker().clone());
-        }
-        Poll::Pending
-    }
-
-    fn wait_until(&self, holds: impl Fn() -> bool) -> impl Future<Output = ()> {
-        poll_fn(move |cx| self.poll_until(cx, holds()))
-    }
-
-    /// Waits for the next notification.
-    fn wait(&self) -> impl Future<Output = ()> {
-        let waited = Cell::new(false);
-        self.wait_until(move || waited.replace(true))
-    }
-
-    pub fn notify_all(&self) {
-        for task in self.0.borrow_mut().drain(..) {
-            task.wake();
-        }
-    }
+/// A datagram socket: to answer takes neither a seat nor a descriptor, and a full server is not ill.
+fn health_socket(name: &str) -> Result<Async<BorrowedFd<'static>>, Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
+    net::bind(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
+    Async::new_nonblocking(forever(socket)).map_err(errno)
 }
 
-async fn sleep(duration: Duration) {
-    Timer::after(duration).await;
-}
-
-/// SIGINT and SIGTERM, as a descriptor to read.
-struct Signals(Async<SignalFd>);
-
-impl Signals {
-    /// To be called before the first thread is started: threads inherit what is blocked.
-    fn block() -> Result<Signals, Errno> {
-        let mask = SigSet::from_iter([SIGINT, SIGTERM]);
-        let _ = mask.thread_block();
-        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-            .map_err(|error| errno(error.into()))?;
-        Ok(Signals(Async::new_nonblocking(signals).map_err(errno)?))
-    }
-
-    /// The number of the next signal.
-    async fn next(&self) -> i32 {
-        loop {
-            if let Ok(Some(signal)) = self.0.get_ref().read_signal() {
-                return signal.ssi_signo as i32;
+/// Answers those who ask for its health, for as long as the loop turns.
+async fn answer_probes(socket: Async<BorrowedFd<'static>>) {
+    loop {
+        match net::recvfrom(&socket, &mut [0][..], RecvFlags::empty()) {
+            Ok((_, _, Some(from))) => {
+                let _ = net::sendto(&socket, &[], SendFlags::empty(), &from);
+                future::yield_now().await;
             }
-            let _ = poll_fn(|cx| self.0.poll_readable(cx)).await;
+            Ok(_) => {}
+            Err(_) => drop(poll_fn(|cx| socket.poll_readable(cx)).await),
         }
     }
 }
 
-/// Raises the soft limit of descriptors to the hard one: a connection is a descriptor.
-fn raise_descriptor_limit() {
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    // What can't be raised stays, and `accept` says when it is too little.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
-}
-
-/// Connects as a client that sends nothing, and expects the server's task to close. That proves
-/// that the server accepts and serves, and it is no event. Within two seconds.
-fn probe(address: SocketAddr) -> Result<(), String> {
-    let server = shown(address);
-    match connect_and_read(address) {
+/// Asks a server here through its socket, and any other as a TCP client that sends nothing and
+/// expects it to close: which proves that it accepts and serves, and is no event. Within two seconds.
+fn probe(asked: Asked) -> Result<(), String> {
+    let server = address_text(asked.address);
+    let name = if asked.default { HEALTH_NAME } else { &health_name(&server) };
+    let answer = match ask(name) {
+        Err(Errno::CONNREFUSED) => connect_and_read(asked.address),
+        answer => answer,
+    };
+    match answer {
         Ok(0) => Ok(()),
         Ok(_) => Err(format!("{server} is another server")),
         Err(Errno::AGAIN | Errno::INPROGRESS) => Err(format!("{server} is not healthy: it does not answer")),
@@ -1232,13 +1670,38 @@ fn probe(address: SocketAddr) -> Result<(), String> {
     }
 }
 
+fn ask(name: &str) -> Result<usize, Errno> {
+    let socket = patient_socket(AddressFamily::UNIX, SocketType::DGRAM)?;
+    net::bind(&socket, &SocketAddrUnix::new_unnamed())?; // any name: it needs one to be answered
+    net::connect(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
+    net::send(&socket, &[], SendFlags::empty())?;
+    rustix::io::read(&socket, &mut [0])
+}
+
 fn connect_and_read(address: SocketAddr) -> Result<usize, Errno> {
-    let socket = net::socket(family(address), SocketType::STREAM, None)?;
+    let socket = patient_socket(family(address), SocketType::STREAM)?;
+    net::connect(&socket, &SocketAddrAny::from(address))?;
+    // The kernel may choose as our own port the one that nobody listens on.
+    if net::getsockname(&socket)? == net::getpeername(&socket)?.ok_or(Errno::NOTCONN)? {
+        return Err(Errno::CONNREFUSED);
+    }
+    net::shutdown(&socket, Shutdown::Write)?;
+    rustix::io::read(&socket, &mut [0])
+}
+
+/// A socket whose calls take a second at most.
+fn patient_socket(family: AddressFamily, kind: SocketType) -> Result<OwnedFd, Errno> {
+    let socket = net::socket(family, kind, None)?;
     // Linux: the limit for sending is the one for connecting, too.
     for limit in [Timeout::Send, Timeout::Recv] {
         sockopt::set_socket_timeout(&socket, limit, Some(Duration::from_secs(1)))?;
     }
-    net::connect(&socket, &SocketAddrAny::from(address))?;
-    net::shutdown(&socket, Shutdown::Write)?;
-    rustix::io::read(&socket, &mut [0])
+    Ok(socket)
+}
+
+/// Raises the soft limit of descriptors to the hard one: a connection is a descriptor.
+fn raise_descriptor_limit() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    // What can't be raised stays, and `accept` says when it is too little.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }

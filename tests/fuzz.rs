@@ -25,7 +25,7 @@ use std::array;
 use std::collections::HashMap;
 use std::fmt::{self, Display};
 use std::fs;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, PipeReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -40,7 +40,7 @@ use common::{CLOSE, conversation, setting, shown};
 use futures_lite::{FutureExt, StreamExt, future};
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::stdio::{dup2_stderr, stderr};
-use smolrx::{Command, Server, text_of};
+use smolrx::{Command, Server};
 
 const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus");
 
@@ -65,7 +65,7 @@ fn addresses_become_text_as_std_has_it(seed: u64) {
         let ip = IpAddr::from(groups);
         let port = random.pick(&[0, 7, 80, 8888, 65_535]);
         let expected = SocketAddr::new(ip.to_canonical(), port).to_string();
-        assert_eq!(smolrx::shown(SocketAddr::new(ip, port)), expected, "SMOLRX_SEED={seed}");
+        assert_eq!(smolrx::address_text(SocketAddr::new(ip, port)), expected, "SMOLRX_SEED={seed}");
     }
 }
 
@@ -183,14 +183,14 @@ impl Display for Failure {
 /// Servers in this process, by command, whose standard error is collected.
 struct Bench {
     servers: HashMap<String, &'static Server>,
-    complaints: UnixStream,
+    complaints: PipeReader,
     stderr: OwnedFd,
 }
 
 impl Bench {
     fn new() -> Bench {
-        let (complaints, end) = UnixStream::pair().unwrap();
-        complaints.set_nonblocking(true).unwrap();
+        let (complaints, end) = io::pipe().unwrap();
+        rustix::io::ioctl_fionbio(&complaints, true).unwrap();
         let stderr = stderr().try_clone_to_owned().unwrap();
         dup2_stderr(end).unwrap();
         Bench { servers: HashMap::new(), complaints, stderr }
@@ -306,11 +306,11 @@ impl Dialogue {
         let ticks = (0..1000).take_while(|_| self.server.executor.try_tick()).count();
 
         let outcome = &mut self.outcome;
-        outcome.transcript += &self.server.log.text.take();
-        self.server.log.taken.notify_all();
+        outcome.transcript += &self.server.transcript.text.take();
+        self.server.transcript.callers.wake_all();
         let mut lines = pin!(self.server.lines.observe());
         while let Some(Some(line)) = future::poll_once(lines.next()).await {
-            outcome.events += &(text_of(&line) + "\n");
+            outcome.events += &(line + "\n");
         }
         match self.client.read_to_end(&mut outcome.echo) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}

@@ -6,9 +6,6 @@
 # --rebuild builds it anew in every way there is, minutes each: all must give the same binary.
 # Needs bash, nc, script (of util-linux) and a Docker engine; DOCKER, RUST_IMAGE and BUDGET (the most bytes
 # that the image may have) are settings.
-#
-# A check is a function. It fails with the first command of it that does, or when its time is over, and what
-# it printed is shown then.
 set -uo pipefail
 
 rebuild=
@@ -38,35 +35,8 @@ trap 'exit 143' TERM
 
 # ----------------------------------------------------------------- helpers
 
-passed=0
-failed=0
-
-# SECONDS FUNCTION WHAT: runs the function in a shell of its own, for so long at the most.
-check() {
-  local checker timer status
-  (set -ex; "$2") > "$work/log" 2>&1 &
-  checker=$!
-  sleep "$1" &
-  timer=$!
-  wait -n "$checker" "$timer"
-  status=$?
-  if kill "$timer" 2> /dev/null; then wait "$timer"; else kill "$checker"; wait "$checker"; status=1; fi 2> /dev/null
-  if [ "$status" = 0 ]; then
-    echo "ok - $3"
-    passed=$((passed + 1))
-  else
-    echo "not ok - $3"
-    sed 's/^/#   /' "$work/log" | tail -n 25
-    failed=$((failed + 1))
-  fi
-}
-
-# Tries until it succeeds; the check's time is the limit.
-until_true() {
-  { set +x; } 2> /dev/null
-  until "$@" > /dev/null 2>&1; do sleep 0.1; done
-  set -x
-}
+# shellcheck source=tests/common/check.sh
+. "$here/tests/common/check.sh"
 
 # NAME [DOCKER-OPTION]... [-- OPTION...]: starts a container, known by this name from then on, and waits until it serves.
 start() {
@@ -367,9 +337,8 @@ if [ "$rebuild" ]; then
   if [ "$(buildkit_client)" ]; then
     check 1200 buildkit_build     "so does BuildKit"
   else
-    echo "skipped - BuildKit: no $docker here builds with it"
+    skip "BuildKit: no $docker here builds with it"
   fi
 fi
 
-echo "$passed passed, $failed failed"
-[ "$failed" = 0 ]
+summary

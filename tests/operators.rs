@@ -150,9 +150,19 @@ const MS: Duration = Duration::from_millis(1);
 
 /// The debounced marbles of a hot source that has the given ones.
 fn debounced(items: &[(Time, u32)], end: Option<Time>, window: u32) -> Marbles<u32> {
+    debounced_with(items, end, window, None)
+}
+
+/// The same, with a longest wait.
+fn debounced_with(
+    items: &[(Time, u32)],
+    end: Option<Time>,
+    window: u32,
+    max_wait: Option<u32>,
+) -> Marbles<u32> {
     let time = VirtualTime::new();
     let source = time.hot(items, end);
-    observe(&time, 10_000, source.debounce(time.clone(), window * MS))
+    observe(&time, 10_000, source.debounce(time.clone(), window * MS, max_wait.map(|wait| wait * MS)))
 }
 
 // ---------------------------------------------------------------- debounce
@@ -196,7 +206,7 @@ fn debounce_lets_the_source_go_first_at_a_tie() {
 fn debounce_does_not_hide_an_item_behind_a_late_one() {
     let time = VirtualTime::new();
     let source = time.hot(&[(100, 1), (900, 2)], Some(2_000));
-    let mut debounced = std::pin::pin!(source.debounce(time.clone(), 50 * MS));
+    let mut debounced = std::pin::pin!(source.debounce(time.clone(), 50 * MS, None));
     let mut cx = Context::from_waker(Waker::noop());
     time.advance_to(100);
     assert!(debounced.as_mut().poll_next(&mut cx).is_pending());
@@ -207,6 +217,27 @@ fn debounce_does_not_hide_an_item_behind_a_late_one() {
     assert_eq!(debounced.as_mut().poll_next(&mut cx), Poll::Ready(Some(2)));
 }
 
+/// With a longest wait a burst that never pauses gives out its latest item at least so often.
+#[test]
+fn debounce_gives_out_the_latest_item_after_the_longest_wait() {
+    let each_50 = [(200, 2), (250, 3), (300, 4), (350, 5), (400, 6), (450, 7), (500, 8)];
+    // starved without it
+    assert_eq!(debounced_with(&each_50, None, 60, None).0, [(560, 8)]);
+    // 120 after the first that is pending; what comes next begins a burst of its own
+    assert_eq!(debounced_with(&each_50, None, 60, Some(120)).0, [(320, 4), (470, 7), (560, 8)]);
+    // shorter than the window: it rules
+    assert_eq!(
+        debounced_with(&each_50, None, 60, Some(40)).0,
+        [(240, 2), (290, 3), (340, 4), (390, 5), (440, 6), (490, 7), (540, 8)]
+    );
+    // an item in the very instant of the longest wait takes part, as at the end of a window
+    assert_eq!(debounced_with(&each_50, None, 60, Some(100)).0, [(300, 4), (450, 7), (560, 8)]);
+    // silence comes first: as without it
+    assert_eq!(debounced_with(&each_50, Some(600), 40, Some(1_000)), debounced(&each_50, Some(600), 40));
+    // the end comes first
+    assert_eq!(debounced_with(&each_50, Some(510), 60, Some(1_000)), (vec![(510, 8)], Some(510)));
+}
+
 /// A flood sets one timer a window, not one an item.
 #[test]
 fn debounce_does_not_set_a_timer_for_each_item() {
@@ -214,7 +245,7 @@ fn debounce_does_not_set_a_timer_for_each_item() {
     let flood: Vec<_> = (0..1_000).map(|at| (at, at)).collect();
     let timers = Rc::new(Cell::new(0));
     let counted = Counting(time.clone(), timers.clone());
-    let (items, _) = observe(&time, 10_000, time.hot(&flood, None).debounce(counted, 100 * MS));
+    let (items, _) = observe(&time, 10_000, time.hot(&flood, None).debounce(counted, 100 * MS, None));
     assert_eq!(items, [(1_099, 999)]);
     assert!(timers.get() <= 12, "{} timers", timers.get());
 }
@@ -300,21 +331,37 @@ fn timer_does_not_make_up_for_missed_ticks() {
 
 // ---------------------------------------------------------------- subject
 
-/// The subject hands items on in order, ends when complete, and its writers wait when it is full.
+/// The subject hands items on in order, ends when complete, and its callers wait while it holds 64 KiB.
 #[test]
 fn subject_is_bounded_and_ends() {
     let subject = Subject::default();
     let mut cx = Context::from_waker(Waker::noop());
+    let item = |number: usize| vec![b'x'; 1000 + number % 2];
+    let mut bytes = 0;
     let mut room = 0;
-    while subject.poll_room(&mut cx).is_ready() {
-        subject.next(room);
+    while subject.poll_ready(&mut cx).is_ready() {
+        assert!(bytes < 64 * 1024, "room for an item beyond {bytes} bytes");
+        subject.on_next(item(room));
+        bytes += item(room).len() + size_of::<Vec<u8>>();
         room += 1;
     }
-    assert!((1..10_000).contains(&room), "room for {room} items");
-    subject.complete();
+    assert!(bytes >= 64 * 1024, "no room at {bytes} bytes");
+    subject.on_completed();
     let items: Vec<_> = stream::block_on(Box::pin(subject.observe())).collect();
-    assert_eq!(items, Vec::from_iter(0..room));
-    assert!(subject.poll_room(&mut cx).is_ready());
+    assert_eq!(items, Vec::from_iter((0..room).map(item)));
+    assert!(subject.poll_ready(&mut cx).is_ready());
+}
+
+/// An item of any size finds room in an empty subject.
+#[test]
+fn subject_takes_one_large_item() {
+    let subject = Subject::default();
+    let mut cx = Context::from_waker(Waker::noop());
+    assert!(subject.poll_ready(&mut cx).is_ready());
+    subject.on_next(vec![0; 1 << 20]);
+    assert!(subject.poll_ready(&mut cx).is_pending());
+    subject.on_completed();
+    assert_eq!(stream::block_on(Box::pin(subject.observe())).count(), 1);
 }
 
 /// The pipeline as it is in the program: both sources end, the pending item comes, then the end.
@@ -324,7 +371,7 @@ fn the_pipeline_ends_when_subject_and_clock_have() {
     let lines = time.hot(&[(20, "foo".to_string()), (205, "bar".to_string())], Some(210));
     let clock = timer(time.clone(), Duration::ZERO, 100 * MS).map(|tick| tick.to_string());
     let clock = stream::stop_after_future(clock, time.until(210));
-    let events = lines.merge(clock).debounce(time.clone(), 10 * MS);
+    let events = lines.merge(clock).debounce(time.clone(), 10 * MS, None);
     let expected = [(10, "0"), (30, "foo"), (110, "1"), (210, "bar")];
     let expected: Vec<_> = expected.map(|(at, event)| (at, event.to_string())).to_vec();
     assert_eq!(observe(&time, 1_000, events), (expected, Some(210)));
@@ -357,6 +404,30 @@ proptest! {
             }
         }
         prop_assert_eq!(debounced(&items, end, window), (expected, end));
+    }
+
+    /// The reference model of `max_wait`: millisecond by millisecond, what comes replaces what is
+    /// pending; it goes out when `window` has passed since it came, or `max_wait` since the first
+    /// that was pending after the last one that went out.
+    #[test]
+    fn debounce_with_a_longest_wait_equals_its_model(
+        (items, end) in marbles(), window in 1..60u32, max_wait in prop::option::of(1..120u32)
+    ) {
+        let (window_ms, wait_ms) = (Time::from(window), max_wait.map(Time::from));
+        let last = items.last().map_or(0, |&(at, _)| at) + 200;
+        let mut expected = Vec::new();
+        let (mut pending, mut first, mut latest) = (None, 0, 0);
+        for now in 0..=end.unwrap_or(last) {
+            for &(_, item) in items.iter().filter(|&&(at, _)| at == now) {
+                first = if pending.is_none() { now } else { first };
+                (pending, latest) = (Some(item), now);
+            }
+            let is_due = now >= latest + window_ms || wait_ms.is_some_and(|wait| now >= first + wait);
+            if pending.is_some() && (is_due || end == Some(now)) {
+                expected.extend(pending.take().map(|item| (now, item)));
+            }
+        }
+        prop_assert_eq!(debounced_with(&items, end, window, max_wait), (expected, end));
     }
 
     /// ReactiveX: merge passes on every item of each source when it comes, each source's in its
