@@ -204,8 +204,8 @@ hostile_clients() {
   local name=$1 unfinished socket sockets=()
   start "$name" "${small[@]}" -- "${@:2}"
   port=$(port "$name")
-  unfinished=$(printf '%65535s' '')
   set +x
+  unfinished=$(printf '%65535s' '')
   ulimit -n 2048
   while [ "${#sockets[@]}" -lt 1023 ]; do
     exec {socket}<> "/dev/tcp/127.0.0.1/$port"
@@ -229,29 +229,28 @@ hostile_clients() {
 unfinished_lines() { hostile_clients unfinished; }
 unfinished_lines_keep_open() { hostile_clients unfinished-keep-open --keep-open; }
 
-# What it shows of a DEL is six bytes, twice, and nobody reads it.
+# What it shows of a DEL is six bytes, twice, and nobody reads it. (In the builder, for its shell and its pipe: an
+# engine whose own client does not read may get stuck itself.)
 stalled_text() {
   local socket line
-  mkfifo "$work/stalled.fifo"
-  exec 4<> "$work/stalled.fifo"
-  "$docker" run --cidfile "$work/stalled.cid" "${small[@]}" "$image" "${calm[@]}" > "$work/stalled.fifo" &
-  until_true [ -s "$work/stalled.cid" ]
-  until_true "$docker" exec "$(id stalled)" /smolrx --health
+  "$docker" run -d --cidfile "$work/stalled.cid" "${small[@]}" "$builder" \
+    sh -c '/image/smolrx --interval 600000 | sleep 1000'
+  # Not by a probe inside, which takes more of the memory than is left.
+  runs() { "$docker" top "$(id stalled)" -o pid,args | grep -E '^[0-9]+ +/image/smolrx '; }
+  until_true runs
   port=$(port stalled)
-  line=$(printf '%65535s' '' | tr ' ' '\177')
   set +x
+  line=$(printf '%65535s' '' | tr ' ' '\177')
   for i in {1..100}; do
     exec {socket}<> "/dev/tcp/127.0.0.1/$port"
     echo "$line" >&"$socket"
   done
   set -x
-  for i in {1..10}; do
-    sleep 0.3
+  for i in {1..5}; do
+    sleep 0.5
+    runs
     is_alive stalled
   done
-  "$docker" exec "$(id stalled)" /smolrx --health
-  is_alive stalled
-  "$docker" kill "$(id stalled)"
 }
 
 # ---------------------------------------------------- how it is transported

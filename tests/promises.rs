@@ -512,7 +512,7 @@ fn byte_after_a_long_line_costs_nothing_over_a_slow_network() {
     in_a_network_of_its_own(slow, || {
         let server = Server::start(&CALM);
         let line = line_of(60_000);
-        for pause in [20, 60, 100] {
+        for pause in (20..200).step_by(10) {
             let mut client = server.connect();
             client.send(&line);
             thread::sleep(ms(pause));
