@@ -9,15 +9,16 @@ Builds smolrx's image. It needs Docker alone and works from any directory.
 
   (none)     build the builder, and the image from the stream that it writes
   compare    build the Python baseline as well, and print a table of the sizes
-  push       build the image and push it
+  push       build the image for amd64 and arm64, and push both under one name
   ladder     rebuild the binary switch by switch, and print what each saves (a while)
   bill       print where the bytes of the binary come from
   --help     print this
 
 Settings are environment variables, here with their values:
 
-  DOCKER             $DOCKER
+  DOCKER             $DOCKER; podman is another
   IMAGE              $IMAGE
+  ARCH               ${ARCH:-of the engine}; or amd64 or arm64, compiled on either
   RUST_IMAGE         $RUST_IMAGE
   PYTHON_IMAGE       $PYTHON_IMAGE
   PYTHON_SLIM_IMAGE  $PYTHON_SLIM_IMAGE
@@ -32,33 +33,64 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 default() { sed -n "s/^ARG $1=//p" "$here/$2"; }
 
 export DOCKER=${DOCKER:-docker}
-export IMAGE=${IMAGE:-smolrx}
+export ARCH=${ARCH-}
+export IMAGE=${IMAGE:-smolrx${ARCH:+:$ARCH}}
 export RUST_IMAGE=${RUST_IMAGE:-$(default RUST_IMAGE Dockerfile)}
 export PYTHON_IMAGE=${PYTHON_IMAGE:-$(default PYTHON_IMAGE baseline/Dockerfile)}
 export PYTHON_SLIM_IMAGE=${PYTHON_SLIM_IMAGE:-$(default PYTHON_SLIM_IMAGE baseline/Dockerfile)}
 export BUILDAH_FORMAT=docker # podman's own format has no HEALTHCHECK
 
 builder=smolrx-builder
+other= # the architecture, if it is not the engine's own
 python_builder=smolrx-python-builder
 python_image=smolrx-python
 
 # ---------------------------------------------------------------- commands
 
-build_builder() { "$DOCKER" build --target builder --build-arg RUST_IMAGE -t "$builder" "$here"; }
+build_builder() {
+  "$DOCKER" build --target builder --build-arg RUST_IMAGE ${other:+--build-arg "TARGETARCH=$other"} -t "$builder" "$here"
+}
 
+# The image, for the architecture in ARCH. The classic builder's cache does not know one from the other.
 build() {
+  other=$ARCH
+  [ "$other" != "$(engine_arch)" ] || other=
+  builder=smolrx-builder${other:+:$other}
   build_builder
-  "$DOCKER" run --rm "$builder" | "$DOCKER" build -t "$IMAGE" -
+  from_stream "$builder" ${other:+--no-cache --platform "linux/$other"} -t "$IMAGE"
 }
 
 build_baseline() {
   "$DOCKER" build --target builder --build-arg PYTHON_IMAGE -t "$python_builder" "$here/baseline"
-  "$DOCKER" run --rm "$python_builder" |
-    "$DOCKER" build --build-arg PYTHON_SLIM_IMAGE -t "$python_image" -
+  from_stream "$python_builder" --build-arg PYTHON_SLIM_IMAGE -t "$python_image"
+}
+
+# BUILDER [OPTION]...: builds what the builder streams. It is stored on the way: where the builder does not
+# run, there is nothing to build.
+from_stream() {
+  "$DOCKER" run --rm "$1" > "$work/context"
+  "$DOCKER" build "${@:2}" - < "$work/context"
+}
+
+# Each architecture under a tag of its own, and a list of both under the image's name.
+push() {
+  local name=$IMAGE images=() insecure='' destination=''
+  for ARCH in amd64 arm64; do
+    case ${name##*/} in *:*) IMAGE=$name-$ARCH ;; *) IMAGE=$name:$ARCH ;; esac
+    build
+    "$DOCKER" push "$IMAGE"
+    images+=("$IMAGE")
+  done
+  # To a registry on this machine the engine speaks HTTP; its client has to be told. podman wants to know where to.
+  case $name in localhost:* | 127.*) insecure=--insecure ;; esac
+  case $("$DOCKER" --version) in podman*) destination=docker://$name ;; esac
+  "$DOCKER" manifest create $insecure --amend "$name" "${images[@]}"
+  "$DOCKER" manifest push $insecure --purge "$name" ${destination:+"$destination"}
 }
 
 how_to_run() {
   printf '\n%s: %s bytes\n' "$IMAGE" "$(bytes "$IMAGE")"
+  [ -z "$other" ] || return 0
   printf 'Try it:  %s run --rm -it -p 8888:8888 %s\n' "$DOCKER" "$IMAGE"
   printf '         echo foo | nc localhost 8888\n'
 }
@@ -89,7 +121,8 @@ compare() {
       for (i = 1; i <= NR; i++)
         printf row, name[i], size[i], human(size[i]), times(of[reference] / size[i]), times(of[pex] / size[i]), bar(size[i])
     }'
-  printf '\nBase images: %s for %s,\n%s for %s, %s for %s; nothing for %s.\n' \
+  printf '\nBytes: of the files in the layers.\n'
+  printf 'Base images: %s for %s,\n%s for %s, %s for %s; nothing for %s.\n' \
     "$RUST_IMAGE" "$builder" "$PYTHON_IMAGE" "$python_builder" "$PYTHON_SLIM_IMAGE" "$python_image" "$IMAGE"
 }
 
@@ -113,7 +146,13 @@ bill() {
 
 # ---------------------------------------------------------------- helpers
 
-bytes() { "$DOCKER" image inspect --format '{{.Size}}' "$1"; }
+# The files in an image's layers, in bytes. Engines call other things an image's size, so they are counted in what
+# `save` writes: layers as tar files, which some engines compress, and files that are none.
+bytes() {
+  "$DOCKER" save "$("$DOCKER" image inspect --format '{{.Id}}' "$1")" |
+    "$DOCKER" run --rm -i "$builder" tar -x --to-command="gzip -cdf | tar -tv 2> /dev/null || true" |
+    awk '/^-/ { sum += $3 } END { print sum + 0 }'
+}
 
 die() { echo "build.sh: $*" >&2; exit 1; }
 
@@ -122,13 +161,30 @@ need_docker() {
   "$DOCKER" info >/dev/null 2>&1 || die "$DOCKER is installed, but its engine does not answer; is it started, may you use it?"
 }
 
+# amd64 or arm64, as docker says it, or podman.
+engine_arch() {
+  "$DOCKER" version --format '{{.Server.Arch}}' 2> /dev/null || "$DOCKER" info --format '{{.Host.Arch}}'
+}
+
 # -------------------------------------------------------------------- main
 
 [ $# -le 1 ] || die "one command at most; see ./build.sh --help"
+case $ARCH in
+  '') ;;
+  amd64 | arm64) [ -z "${1-}" ] || [[ $1 = -* ]] || die "ARCH is for the image alone; unset it for $1" ;;
+  *) die "ARCH is amd64 or arm64, not $ARCH" ;;
+esac
+case ${1-}:$IMAGE in
+  push:*/*) ;;
+  push:*) die "push needs a name with a registry or a user, such as IMAGE=you/smolrx, not $IMAGE" ;;
+esac
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 case ${1-} in
   '')          need_docker; build; how_to_run ;;
   compare)     need_docker; { build; build_baseline; } >&2; compare ;;
-  push)        need_docker; build; "$DOCKER" push "$IMAGE" ;;
+  push)        need_docker; push ;;
   ladder)      need_docker; build_builder >&2; ladder ;;
   bill)        need_docker; build_builder >&2; bill ;;
   -h | --help) usage ;;

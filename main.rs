@@ -423,7 +423,7 @@ fn family(address: SocketAddr) -> AddressFamily {
 impl Server {
     pub fn new(options: Options) -> Server {
         Server {
-            transcript: Transcript::new(options.quiet),
+            transcript: Transcript { quiet: options.quiet, ..Transcript::default() },
             memory: LineMemory::new(options.max_line),
             options,
             executor: StaticLocalExecutor::new(),
@@ -621,8 +621,8 @@ struct Connection<'a> {
     unsent: (usize, usize),
     /// Bytes echoed so far.
     echoed: usize,
-    /// Whether an attempt may succeed right now: to read, to write.
-    ready: [bool; 2],
+    /// There may be bytes to read right now.
+    readable: bool,
     /// When to stop waiting for the client, counted from its last byte; none while the server is at work for it.
     deadline: Option<Instant>,
     /// A line was received.
@@ -660,7 +660,7 @@ impl<'a> Connection<'a> {
             searched: 0,
             unsent: (0, 0),
             echoed: 0,
-            ready: [true; 2],
+            readable: true,
             deadline: None,
             received: false,
             gone: None,
@@ -684,10 +684,10 @@ impl<'a> Connection<'a> {
             }
             next = self.receive_lines(ended);
             self.echo().await;
-            if self.server.grace_is_over() {
+            if next == Next::Read && self.server.grace_is_over() {
                 break;
             }
-            if next == Next::Read && self.ready[Way::In as usize] {
+            if next == Next::Read && self.readable {
                 // A client that never stops sending must not starve the others.
                 future::yield_now().await;
             }
@@ -751,7 +751,7 @@ impl<'a> Connection<'a> {
     fn wait_for_the_server(&mut self) -> impl Future<Output = ()> {
         poll_fn(|cx| {
             let ready = self.server.poll_ready(cx);
-            self.ready[Way::In as usize] |= ready.is_pending();
+            self.readable |= ready.is_pending();
             ready
         })
     }
@@ -781,7 +781,7 @@ impl<'a> Connection<'a> {
     /// Whether bytes of the echo may be lost if the socket is closed now: when it is a long one, or
     /// when the client has sent bytes that nobody reads, which makes the kernel reset the connection.
     fn must_linger(&mut self) -> bool {
-        let unread = || self.ready[Way::In as usize] && self.discard().is_ok_and(|count| count > 0);
+        let unread = || self.readable && self.discard().is_ok_and(|count| count > 0);
         self.echoed > LEAVES_AT_ONCE || self.received && (!self.buffer.is_empty() || unread())
     }
 
@@ -803,12 +803,12 @@ impl<'a> Connection<'a> {
     /// there count before any clock does: the client is given up on after one more attempt only.
     fn poll_io(&mut self, cx: &mut Context<'_>, way: Way) -> Poll<Result<usize, Errno>> {
         let client = self.client;
-        let mut overdue = false;
+        let (mut attempt, mut overdue) = (way == Way::Out || self.readable, false);
         loop {
             let mut starved = false;
-            if overdue || self.ready[way as usize] {
+            if attempt {
                 match self.attempt(way) {
-                    Err(Errno::AGAIN | Errno::INTR) => self.ready[way as usize] = false,
+                    Err(Errno::AGAIN | Errno::INTR) => {}
                     Err(Errno::NOMEM) => starved = true,
                     outcome => {
                         client.due.set(None);
@@ -833,18 +833,18 @@ impl<'a> Connection<'a> {
                 let poll_ready = if way == Way::In { Async::poll_readable } else { Async::poll_writable };
                 if let Poll::Ready(result) = poll_ready(io, cx) {
                     result.map_err(errno)?;
-                    self.ready[way as usize] = true;
+                    attempt = true;
                     continue;
                 }
             }
             let now = Instant::now();
             let mut due = self.deadline(way, now);
-            overdue = due <= now;
-            if !overdue {
+            if due > now {
                 if starved {
                     due = due.min(now + LOOK_AGAIN);
                 }
-                self.ready[Way::In as usize] |= starved || way == Way::Out;
+                // After a wait for anything but bytes to read, there may be some.
+                self.readable = starved || way == Way::Out;
                 client.task.set(Some(cx.waker().clone()));
                 client.due.set(Some(due));
                 if self.server.next_waking.get().is_none_or(|next| due < next) {
@@ -852,6 +852,7 @@ impl<'a> Connection<'a> {
                 }
                 return Poll::Pending;
             }
+            (attempt, overdue) = (true, true);
         }
     }
 
@@ -886,7 +887,7 @@ impl<'a> Connection<'a> {
             return self.try_read_line();
         }
         let count = rustix::io::read(&self.client.socket, spare_capacity(&mut self.buffer))?;
-        self.ready[Way::In as usize] = self.buffer.len() == self.buffer.capacity();
+        self.readable = self.buffer.len() == self.buffer.capacity();
         Ok(count)
     }
 
@@ -910,7 +911,7 @@ impl<'a> Connection<'a> {
         }
         let length = rustix::io::read(&self.client.socket, &mut chunk[..length])?;
         self.buffer.extend_from_slice(&chunk[..length]);
-        self.ready[Way::In as usize] = true;
+        self.readable = true;
         Ok(length)
     }
 
@@ -1039,6 +1040,7 @@ const WAITING_TEXT: usize = 64 * 1024;
 
 /// Rx's subject, hot, as this program needs it: many call `on_next`, one observes. Unlike Rx's it
 /// is bounded, so that an observer who is slow holds up the callers instead of filling the memory.
+#[derive(Default)]
 pub struct Subject<T> {
     items: RefCell<VecDeque<T>>,
     /// The bytes of all items.
@@ -1048,18 +1050,6 @@ pub struct Subject<T> {
     observer: Waiters,
     /// Wait for room.
     callers: Waiters,
-}
-
-impl<T> Default for Subject<T> {
-    fn default() -> Self {
-        Subject {
-            items: RefCell::default(),
-            bytes: Cell::default(),
-            completed: Cell::default(),
-            observer: Waiters::default(),
-            callers: Waiters::default(),
-        }
-    }
 }
 
 impl<T: AsRef<[u8]>> Subject<T> {
@@ -1292,6 +1282,7 @@ const AT_ONCE: usize = 4096;
 
 /// What goes to stdout. Tasks add whole lines; one task writes all that a turn of the executor
 /// has left, so that a batch costs one system call and a lone line still appears at once.
+#[derive(Default)]
 pub struct Transcript {
     quiet: bool,
     pub text: RefCell<String>,
@@ -1307,18 +1298,6 @@ pub struct Transcript {
 }
 
 impl Transcript {
-    fn new(quiet: bool) -> Transcript {
-        Transcript {
-            quiet,
-            text: RefCell::default(),
-            writing: Cell::default(),
-            closing: Cell::default(),
-            failed: Cell::default(),
-            writer: Waiters::default(),
-            callers: Waiters::default(),
-        }
-    }
-
     fn received(&self, line: &str, peer: &str) {
         self.remark(&["Received ", line, " from ", peer, "\nSend: ", line]);
     }

@@ -45,5 +45,6 @@ for switch in $(sed -n 's/^  "\(-[^"]*\)".*/\1/p' .cargo/image.toml); do
   rung "$with${switch#-C*-arg*=}"
   with=
 done
-strip --strip-section-headers "target/$target/release/smolrx"
+host=$(rustc -vV | sed -n 's/^host: //p')
+"$(rustc --print sysroot)/lib/rustlib/$host/bin/rust-objcopy" --strip-sections "target/$target/release/smolrx"
 printf '%s\t%s\n' "$(stat -c %s "target/$target/release/smolrx")" "no section headers"

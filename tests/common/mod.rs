@@ -11,7 +11,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::env;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
@@ -116,6 +116,15 @@ pub fn program_of_nobody(options: &[&str]) -> Option<(Command, Scratch)> {
     let mut command = Command::new("setpriv");
     command.args(nobody).arg(copy).args(options).env("MALLOC_ARENA_MAX", "1");
     Some((command, scratch))
+}
+
+/// Whether this machine lacks the address `::1`; then it says, past cargo's capture, what is skipped.
+pub fn no_ipv6(what: &str) -> bool {
+    let refusal = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).err();
+    if let Some(reason) = &refusal {
+        let _ = writeln!(io::stderr(), "skipped: {what}: no IPv6 loopback here: {reason}");
+    }
+    refusal.is_some()
 }
 
 /// Why a command that asks for a privilege or a tool fails; none if it does not.
