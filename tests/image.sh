@@ -38,10 +38,13 @@ trap 'exit 143' TERM
 # shellcheck source=tests/common/check.sh
 . "$here/tests/common/check.sh"
 
-# NAME [DOCKER-OPTION]...: starts a container, known by this name from then on, and waits until it serves.
+# NAME [DOCKER-OPTION]... [-- OPTION...]: starts a container, known by this name from then on, and waits until it serves.
 start() {
-  "$docker" run -d --cidfile "$work/$1.cid" "${@:2}" "$image" "${calm[@]}"
-  until_true says "$1" 'Serving on 0.0.0.0:8888'
+  local name=$1 of_docker=()
+  shift
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do of_docker+=("$1"); shift; done
+  "$docker" run -d --cidfile "$work/$name.cid" "${of_docker[@]}" "$image" "${calm[@]}" "${@:2}"
+  until_true says "$name" 'Serving on 0.0.0.0:[0-9]*'
 }
 
 id() { cat "$work/$1.cid"; }
@@ -50,6 +53,8 @@ of() { "$docker" inspect --format "$2" "$(id "$1")"; }                     # NAM
 port() { "$docker" port "$(id "$1")" 8888 | sed -n '1s/.*://p'; }
 says() { logs "$1" | tr -d '\r' | grep -x "$2"; }                          # NAME PATTERN, of a whole line
 echoes() { [ "$(echo "$2" | timeout 10 nc 127.0.0.1 "$(port "$1")")" = "$2" ]; } # NAME TEXT
+# NAME: it has not been killed, for its memory or otherwise.
+is_alive() { [ "$(of "$1" '{{.State.Running}} {{.State.OOMKilled}} {{.RestartCount}}')" = 'true false 0' ]; }
 has_ended() { [ "$(of "$1" '{{.State.Status}}')" = exited ]; }
 
 # NAME STATUS. podman lets systemd run the probes: where there is none, this does.
@@ -154,16 +159,37 @@ health() {
   [ "$(logs health)" = 'Serving on 0.0.0.0:8888' ] # a probe leaves no trace
 }
 
+other_port() {
+  start other --health-interval 1s --health-retries 1 -- --tcp-port 9999
+  until_true is_healthy other healthy
+  "$docker" kill --signal STOP "$(id other)"
+  until_true is_healthy other unhealthy
+}
+
+# From outside of the container's network there is TCP only.
+health_from_outside() {
+  start outside -p 127.0.0.1::8888
+  "$docker" cp "$(id outside):/smolrx" "$work/probe"
+  port=$(port outside)
+  "$work/probe" --health --bind 127.0.0.1 --tcp-port "$port"
+  "$docker" kill "$(id outside)"
+  status=0
+  "$work/probe" --health --bind 127.0.0.1 --tcp-port "$port" || status=$?
+  [ "$status" = 1 ]
+}
+
 hardened() {
   start hardened --read-only --cap-drop ALL --security-opt no-new-privileges --user 12345 --network none
   "$docker" exec "$(id hardened)" /smolrx --health
   stops hardened 0
 }
 
+small=(--memory 6m --memory-swap 6m --pids-limit 8 -p 127.0.0.1::8888)
+
 # All of them are connected before the first one sends.
 thousand_clients() {
   local clients=1000 socket sockets=() i=0
-  start small --memory 6m --memory-swap 6m --pids-limit 8 -p 127.0.0.1::8888
+  start small "${small[@]}"
   port=$(port small)
   set +x
   ulimit -n 2048
@@ -181,7 +207,61 @@ thousand_clients() {
   done
   set -x
   [ "$(logs small | grep -c '^Received line [0-9]* from ')" = "$clients" ]
-  [ "$(of small '{{.State.Running}} {{.State.OOMKilled}} {{.RestartCount}}')" = 'true false 0' ]
+  is_alive small
+}
+
+# NAME [OPTION]...: all seats but one are taken by clients that each hold a line as long as may be, all but its end.
+hostile_clients() {
+  local name=$1 unfinished socket sockets=()
+  start "$name" "${small[@]}" -- "${@:2}"
+  port=$(port "$name")
+  set +x
+  unfinished=$(printf '%65535s' '')
+  ulimit -n 2048
+  while [ "${#sockets[@]}" -lt 1023 ]; do
+    exec {socket}<> "/dev/tcp/127.0.0.1/$port"
+    printf %s "$unfinished" >&"$socket"
+    sockets+=("$socket")
+  done
+  set -x
+  for i in 1 2 3 4 5; do
+    exec {socket}<> "/dev/tcp/127.0.0.1/$port"
+    echo "short $i" >&"$socket"
+    read -r -t 1 line <&"$socket"
+    [ "$line" = "short $i" ]
+    exec {socket}>&-
+    is_alive "$name"
+    sleep 0.2
+  done
+  "$docker" exec "$(id "$name")" /smolrx --health
+  is_alive "$name"
+}
+
+unfinished_lines() { hostile_clients unfinished; }
+unfinished_lines_keep_open() { hostile_clients unfinished-keep-open --keep-open; }
+
+# What it shows of a DEL is six bytes, twice, and nobody reads it. (In the builder, for its shell and its pipe: an
+# engine whose own client does not read may get stuck itself.)
+stalled_text() {
+  local socket line
+  "$docker" run -d --cidfile "$work/stalled.cid" "${small[@]}" "$builder" \
+    sh -c '/image/smolrx --interval 600000 | sleep 1000'
+  # Not by a probe inside, which takes more of the memory than is left.
+  runs() { "$docker" top "$(id stalled)" -o pid,args | grep -E '^[0-9]+ +/image/smolrx '; }
+  until_true runs
+  port=$(port stalled)
+  set +x
+  line=$(printf '%65535s' '' | tr ' ' '\177')
+  for i in {1..100}; do
+    exec {socket}<> "/dev/tcp/127.0.0.1/$port"
+    echo "$line" >&"$socket"
+  done
+  set -x
+  for i in {1..5}; do
+    sleep 0.5
+    runs
+    is_alive stalled
+  done
 }
 
 # ---------------------------------------------------- how it is transported
@@ -263,8 +343,13 @@ check  30 echoes_a_line           "docker run -p, and nc"
 check  30 stops_in_time           "docker stop: in under two seconds, exit code 0, the pending event observed"
 check  30 ctrl_c                  "Ctrl-C on docker run -it"
 check  60 health                  "healthy; unhealthy when wedged; healthy again"
+check  60 other_port              "healthy at another port, without further options"
+check  30 health_from_outside     "healthy at the published port, asked from outside; not when it has gone"
 check  30 hardened                "hardened: read-only, no capabilities, any user, no network"
 check 120 thousand_clients        "a thousand clients at once in 6 MB and 8 tasks"
+check 120 unfinished_lines        "1,023 unfinished lines of 64 KiB in 6 MB, and short ones served within a second"
+check 120 unfinished_lines_keep_open "so with --keep-open"
+check  60 stalled_text            "100 lines of 64 KiB of DEL in 6 MB, and nobody reads stdout"
 check  30 stream_is_deterministic "the builder's stream is the same each time"
 check  20 stream_is_in_order      "the stream's files: sorted, nobody's, without a time"
 check  60 stream_is_the_image     "the image is what the stream builds"
