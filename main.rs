@@ -953,7 +953,8 @@ impl<'a> Connection<'a> {
         let (_, count) = net::recv(&self.client.socket, &mut chunk[..], RecvFlags::PEEK)?;
         let length = match chunk[..count].iter().position(|&byte| byte == b'\n') {
             Some(index) => index + 1,
-            None if count == 0 || self.buffer.len() + count > self.server.options.max_line => count,
+            None if count == 0 => return Ok(0),
+            None if self.buffer.len() + count > self.server.options.max_line => count,
             None => return Err(Errno::NOMEM),
         };
         if self.server.poll_ready(cx).is_pending() {

@@ -89,6 +89,8 @@ pub fn program(options: &[&str]) -> Command {
     command.args(options);
     // glibc: no second arena for the second thread, which would grow at a time of its own.
     command.env("MALLOC_ARENA_MAX", "1");
+    // Nor does it keep what is large, like musl in the image.
+    command.env("MALLOC_MMAP_THRESHOLD_", "131072");
     command
 }
 
