@@ -669,6 +669,8 @@ struct Connection<'a> {
     gone: Option<Errno>,
     /// The conversation is over, and what the client still sends is passed over.
     lingering: bool,
+    /// It waits, with a whole line in its socket, until the server takes one.
+    queued: bool,
 }
 
 /// A direction of a connection.
@@ -703,6 +705,7 @@ impl<'a> Connection<'a> {
             received: false,
             gone: None,
             lingering: false,
+            queued: false,
         }
     }
 
@@ -949,6 +952,11 @@ impl<'a> Connection<'a> {
     /// goes on at once: then no memory is needed for long. The error is NOMEM if that is not so, and
     /// BUSY if it is the server that does not take the line.
     fn try_read_line(&mut self, cx: &mut Context<'_>) -> Result<usize, Errno> {
+        if mem::take(&mut self.queued) && self.server.poll_ready(cx).is_pending() {
+            // Not even a look: thousands may be woken for the room of one line.
+            self.queued = true;
+            return Err(Errno::BUSY);
+        }
         let mut chunk = [0; CHUNK];
         let (_, count) = net::recv(&self.client.socket, &mut chunk[..], RecvFlags::PEEK)?;
         let length = match chunk[..count].iter().position(|&byte| byte == b'\n') {
@@ -958,6 +966,7 @@ impl<'a> Connection<'a> {
             None => return Err(Errno::NOMEM),
         };
         if self.server.poll_ready(cx).is_pending() {
+            self.queued = true;
             return Err(Errno::BUSY);
         }
         if self.gone.is_none() && !is_writable(self.client.socket.as_fd()) {
