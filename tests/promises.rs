@@ -11,12 +11,12 @@ use rustix::net::sockopt;
 use rustix::process::Signal;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -120,6 +120,96 @@ fn sigterm_serves_the_backlog() {
         }
         assert_eq!(exit.stdout.iter().filter(|line| *line == CLOSE).count(), 201, "{options:?}");
         assert_eq!(observed(&exit.stdout), ["early"], "{options:?}");
+    }
+}
+
+/// So is whoever waits for memory at that moment, though his line is there and is one of hundreds.
+#[test]
+fn sigterm_serves_those_who_wait_for_memory() {
+    let mut server = Server::start(&CALM);
+    let line = line_of(3000);
+    server.suspend();
+    let mut clients: Vec<Client> = (0..300).map(|_| server.connect()).collect();
+    clients.iter_mut().for_each(|client| client.send(&line));
+    server.signal(Signal::TERM);
+    server.wake();
+    let whole = clients.into_iter().map(|mut client| usize::from(client.until_closed() == line.as_bytes()));
+    assert_eq!(whole.sum::<usize>(), 300, "of 300 lines were echoed");
+    let exit = server.exited(ms(6000));
+    assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{:?}", exit.stderr);
+    assert_eq!(exit.stdout.iter().filter(|line| *line == CLOSE).count(), 300);
+}
+
+/// A flood of new connections, each with a line and reset at once, does not hold up the end.
+#[test]
+fn sigterm_ends_a_flood_of_connections() {
+    for options in [&[][..], &["--max-conns", "1"]] {
+        let port = Port::reserve();
+        let number = port.number();
+        let mut command = program(&calm(&["--tcp-port", &number.to_string()]));
+        command.args(options).stdout(Stdio::null());
+        let mut process = Process::spawn_with_stdout(command);
+        let address = process.listening_address();
+        let connections = AtomicU64::new(0);
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        // Who is not let in now tries anew.
+                        if let Ok(socket) = TcpStream::connect_timeout(&address, ms(2000)) {
+                            connections.fetch_add(1, Ordering::Relaxed);
+                            let _ = (&socket).write_all(b"x\n");
+                            let _ = sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
+                        }
+                    }
+                });
+            }
+            eventually(PATIENCE, "the flood is on", || connections.load(Ordering::Relaxed) > 2000);
+            process.signal(Signal::TERM);
+            let signalled = Instant::now();
+            while process.is_running() && signalled.elapsed() < ms(7000) {
+                thread::sleep(ms(10));
+            }
+            over.store(true, Ordering::Relaxed);
+            println!("{options:?}: {:?} after the signal, {connections:?} connections", signalled.elapsed());
+            // The flood is over, and with it whatever it would still hold up.
+            assert!(signalled.elapsed() < ms(7000), "{options:?}: the flood holds it up");
+        });
+        let exit = process.exited(PATIENCE);
+        assert_eq!(exit.code, Some(0), "{options:?}: {exit:?}");
+    }
+}
+
+/// Nor does the want of a descriptor, be they held by clients that are silent, that are in the middle of a line, or by
+/// nobody but the server itself.
+#[test]
+fn sigterm_ends_it_when_no_descriptor_is_free() {
+    for (clients, begun) in [(0, ""), (2, ""), (2, "begun")] {
+        let what = format!("{clients} clients that have sent `{begun}`");
+        // How many it needs itself depends on who else has the name by which probes without options ask.
+        let mut limit = 100;
+        let mut server = loop {
+            let server = Server::start_after(&format!("ulimit -n {limit}"), &CALM);
+            let enough = server.descriptor_limit_that_leaves(clients);
+            if enough == limit {
+                break server;
+            }
+            limit = enough;
+        };
+        let mut holders: Vec<Client> = (0..clients).map(|_| server.connect()).collect();
+        for holder in &mut holders {
+            holder.send(begun);
+            holder.is_taken();
+        }
+        let _waiting = server.connect();
+        // For this one there is none.
+        server.stderr.wait_until("its complaint", |lines| {
+            lines.iter().any(|line| line.starts_with("smolrx: cannot accept: ")).then_some(())
+        });
+        server.signal(Signal::TERM);
+        let exit = server.exited(ms(6000));
+        assert_eq!(exit.code, Some(0), "{what}: {exit:?}");
     }
 }
 
@@ -354,6 +444,34 @@ fn lines_that_came_in_time_beat_the_timeout() {
         let echoed = clients.iter_mut().map(|client| usize::from(client.gets("in time\n"))).sum::<usize>();
         assert_eq!(echoed, CLIENTS, "of {CLIENTS} lines were echoed, keep-open {keep_open}");
         assert_eq!(observed(&server.stop().stdout), ["in time"]);
+    }
+}
+
+/// Nor are those cut for want of memory that came while the server slept, hundreds at a time.
+#[test]
+fn lines_that_wait_for_memory_beat_the_timeout() {
+    let lengths = [3000, 6000];
+    let mut servers = lengths.map(|_| Server::start(&calm(&["--timeout", "2000"])));
+    let mut clients = vec![];
+    for server in &servers {
+        let before = server.descriptors();
+        let connecting = Instant::now();
+        let connected: Vec<Client> = (0..300).map(|_| server.connect()).collect();
+        eventually(PATIENCE, "all are accepted", || server.descriptors() == before + 300);
+        server.suspend();
+        assert!(connecting.elapsed() < ms(1900), "this machine is too slow to tell");
+        clients.push(connected);
+    }
+    for (clients, length) in clients.iter_mut().zip(lengths) {
+        clients.iter_mut().for_each(|client| client.send(line_of(length)));
+    }
+    thread::sleep(ms(2300));
+    servers.iter().for_each(|server| server.wake());
+    for ((server, clients), length) in servers.iter_mut().zip(clients).zip(lengths) {
+        let line = line_of(length);
+        let whole = clients.into_iter().map(|mut client| usize::from(client.gets(&line)));
+        assert_eq!(whole.sum::<usize>(), 300, "of 300 lines of {length} bytes were echoed");
+        assert_eq!(observed(&server.stop().stdout), [line.trim()]);
     }
 }
 
@@ -727,6 +845,72 @@ fn unfinished_lines_take_bounded_memory_and_nobodys_time() {
     }
 }
 
+/// Clients that hold unfinished lines, a flood of others and a slow reader together take no short line's turn.
+#[test]
+fn short_lines_are_served_while_stdout_is_read_slowly() {
+    let (mut reader, writer) = io::pipe().unwrap();
+    let mut command = program(&calm_on_loopback(&["--keep-open"]));
+    command.stdout(writer);
+    let process = Process::spawn_with_stdout(command);
+    let slow = Arc::new(AtomicBool::new(false));
+    let slowed = slow.clone();
+    thread::spawn(move || {
+        let mut chunk = [0; 65536];
+        while let Ok(length @ 1..) = reader.read(&mut chunk) {
+            if slowed.load(Ordering::Relaxed) {
+                thread::sleep(Duration::from_secs_f64(length as f64 / 300_000.0));
+            }
+        }
+    });
+    let address = process.listening_address();
+    flood(address, 4, &line_of(101));
+    slow.store(true, Ordering::Relaxed);
+    let unfinished = "h".repeat(65_000);
+    let mut holders: Vec<Client> = (0..9).map(|_| Client::connect(address)).collect();
+    holders.iter_mut().for_each(|holder| holder.send(&unfinished));
+    thread::sleep(ms(1000));
+    let mut times = vec![];
+    for _ in 0..8 {
+        let start = Instant::now();
+        let mut client = Client::connect(address);
+        client.0.set_read_timeout(Some(ms(5000))).unwrap();
+        client.send("short\n");
+        let mut echo = [0; 6];
+        times.push(client.0.read_exact(&mut echo).map(|()| (echo == *b"short\n", start.elapsed())));
+    }
+    println!("{times:?}");
+    let served = times.iter().flatten().filter(|(whole, time)| *whole && *time < ms(5000));
+    assert_eq!(served.count(), 8, "of 8 short lines were served: {times:?}");
+}
+
+/// Lines that arrive with a part of the next one, hundreds at a time and again and again, take no more memory either.
+#[test]
+fn lines_with_a_part_of_the_next_take_bounded_memory() {
+    raise_descriptor_limit();
+    let mut server = Server::start(&calm(&["--keep-open"]));
+    let line = line_of(4096);
+    let clients = in_bounded_memory(&server, "900 lines and parts of lines", || {
+        let mut holders: Vec<Client> = (0..9).map(|_| server.connect()).collect();
+        let unfinished = "h".repeat(65_000);
+        holders.iter_mut().for_each(|holder| holder.send(&unfinished));
+        thread::sleep(ms(300));
+        let mut clients: Vec<Client> = (0..900).map(|_| server.connect()).collect();
+        for length in [4096, 8192, 16_384, 32_768] {
+            let text = line.clone() + &"y".repeat(length);
+            for client in &mut clients {
+                client.send(&text);
+                client.take(usize::MAX);
+            }
+            thread::sleep(ms(1000));
+            server.echo("short\n");
+        }
+        holders.into_iter().chain(clients)
+    });
+    clients.for_each(Client::reset);
+    server.echo("last\n");
+    server.stop();
+}
+
 /// Long lines that come slowly, hundreds at a time and piece by piece in turns, are all served, in as much memory.
 #[test]
 fn long_lines_in_turns_are_all_served_in_bounded_memory() {
@@ -777,19 +961,22 @@ fn text_that_waits_takes_bounded_memory() {
 /// A server whose seats are all taken is busy, not ill; one that does not run is ill.
 #[test]
 fn full_server_is_healthy() {
-    let mut server = Server::start(&calm(&["--max-conns", "2"]));
-    let idle = [server.connect(), server.connect(), server.connect()];
-    idle[..2].iter().for_each(Client::is_taken); // accepted
-    for _ in 0..3 {
-        is_healthy(server.address.port());
+    // Asked by its port alone, also if it is bound to one address.
+    for bind in ["0.0.0.0", "127.0.0.1"] {
+        let mut server = Server::start(&calm(&["--max-conns", "2", "--bind", bind]));
+        let idle = [server.connect(), server.connect(), server.connect()];
+        idle[..2].iter().for_each(Client::is_taken); // accepted
+        for _ in 0..3 {
+            is_healthy(server.address.port());
+        }
+        server.suspend();
+        let exit = health(&[], server.address.port());
+        server.wake();
+        assert_eq!(exit.code, Some(1), "bound to {bind}: {exit:?}");
+        assert!(exit.lifetime < ms(3000), "bound to {bind}: {exit:?}");
+        drop(idle);
+        assert_eq!(server.stop().stdout[1..], ["Observing 0"], "bound to {bind}");
     }
-    server.suspend();
-    let exit = health(&[], server.address.port());
-    server.wake();
-    assert_eq!(exit.code, Some(1), "{exit:?}");
-    assert!(exit.lifetime < ms(3000), "{exit:?}");
-    drop(idle);
-    assert_eq!(server.stop().stdout[1..], ["Observing 0"]);
 }
 
 /// A probe does not find itself where nobody listens, though the kernel may give it the very port it asks for.

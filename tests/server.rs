@@ -96,9 +96,11 @@ fn cannot_listen(exit: &Exit, address: &str, reasons: &[&str]) {
 
 // ---------------------------------------------------------------- its options
 
-const OPTIONS: [(&str, &str); 9] = [
+const OPTIONS: [(&str, &str); 11] = [
     ("--tcp-port", "8888"),
     ("--interval", "60000"),
+    ("--debounce", "a tenth"),
+    ("--max-wait", "none"),
     ("--bind", "0.0.0.0"),
     ("--keep-open", ""),
     ("--max-conns", "1024"),
@@ -159,11 +161,18 @@ fn version() {
 /// Values are taken as `--name VALUE` and as `--name=VALUE`.
 #[test]
 fn values_follow_a_blank_or_an_equals_sign() {
-    let blanks =
-        ["--bind", "127.0.0.1", "--interval", "10", "--max-conns", "1", "--max-line", "9", "--timeout", "99"];
-    let equals = ["--bind=127.0.0.1", "--interval=10", "--max-conns=1", "--max-line=9", "--timeout=99"];
-    for options in [&blanks[..], &equals[..]] {
-        let server = Server::start(options);
+    let values = [
+        ["--bind", "127.0.0.1"],
+        ["--interval", "10"],
+        ["--debounce", "1"],
+        ["--max-wait", "5"],
+        ["--max-conns", "1"],
+        ["--max-line", "9"],
+        ["--timeout", "99"],
+    ];
+    let equals = values.map(|pair| pair.join("="));
+    for options in [values.concat(), equals.iter().map(|option| &**option).collect()] {
+        let server = Server::start(&options);
         assert_eq!(server.address.ip().to_string(), "127.0.0.1");
         server.stdout.wait_for("Observing 3");
         server.echo("12345678\n");
@@ -196,6 +205,16 @@ fn wrong_options_are_named_as_typed() {
         (&["--interval=9"], "--interval"),
         (&["--interval", "1.5"], "--interval"),
         (&["--interval", "99999999999999999999999999"], "--interval"),
+        (&["--debounce"], "--debounce"),
+        (&["--max-wait"], "--max-wait"),
+        (&["--debounce", "0"], "--debounce"),
+        (&["--debounce", "-1"], "--debounce"),
+        (&["--debounce", "1.5"], "--debounce"),
+        (&["--debounce", "4294967296"], "--debounce"),
+        (&["--max-wait", "0"], "--max-wait"),
+        (&["--max-wait", "-1"], "--max-wait"),
+        (&["--max-wait", "1.5"], "--max-wait"),
+        (&["--max-wait", "4294967296"], "--max-wait"),
         (&["--bind", "localhost"], "--bind"),
         (&["--bind", "1.2.3"], "--bind"),
         (&["--max-conns", "0"], "--max-conns"),
@@ -218,9 +237,18 @@ fn wrong_options_are_named_as_typed() {
 /// Values at both ends of their range are taken, alone and together, and serve.
 #[test]
 fn values_at_the_ends_of_their_range() {
-    let smallest = [["--interval", "10"], ["--max-conns", "1"], ["--max-line", "1"], ["--timeout", "1"]];
+    let smallest = [
+        ["--interval", "10"],
+        ["--debounce", "1"],
+        ["--max-wait", "1"],
+        ["--max-conns", "1"],
+        ["--max-line", "1"],
+        ["--timeout", "1"],
+    ];
     let largest = [
         ["--interval", "4294967295"],
+        ["--debounce", "4294967295"],
+        ["--max-wait", "4294967295"],
         ["--max-conns", "4294967295"],
         ["--max-line", "4294967294"],
         ["--timeout", "4294967295"],
@@ -246,6 +274,10 @@ fn values_beyond_the_ends_of_their_range() {
         ("--tcp-port", "65536"),
         ("--interval", "9"),
         ("--interval", "4294967296"),
+        ("--debounce", "0"),
+        ("--debounce", "4294967296"),
+        ("--max-wait", "0"),
+        ("--max-wait", "4294967296"),
         ("--max-conns", "0"),
         ("--max-conns", "4294967296"),
         ("--max-line", "0"),
@@ -254,7 +286,8 @@ fn values_beyond_the_ends_of_their_range() {
         ("--timeout", "4294967296"),
     ];
     let largest = u64::MAX.to_string();
-    let names = ["--tcp-port", "--interval", "--max-conns", "--max-line", "--timeout"];
+    let names =
+        ["--tcp-port", "--interval", "--debounce", "--max-wait", "--max-conns", "--max-line", "--timeout"];
     for (name, value) in beyond.into_iter().chain(names.map(|name| (name, &*largest))) {
         let exit = run(&["--tcp-port", "0", name, value]);
         assert_eq!((exit.code, exit.stdout.len()), (Some(2), 0), "{name} {value}: {exit:?}");
@@ -479,6 +512,88 @@ fn quiet_prints_only_what_is_observed() {
         client.send("foo\n");
         assert_eq!(client.rest(), b"foo\n");
         assert_eq!(process.stop().stdout, ["foo"]);
+    }
+}
+
+/// An event is then a line of its own and nothing else: a tick, a line without the blanks at its ends, or nothing at all.
+#[test]
+fn quiet_prints_bare_events() {
+    let options = ["--bind", "127.0.0.1", "--tcp-port", "0", "-q"];
+    let mut process = Process::spawn(program(&[&options[..], &["--interval", "200"]].concat()));
+    process.stdout.wait_for_count(4);
+    assert_eq!(process.stop().stdout[..4], ["0", "1", "2", "3"]);
+
+    let mut process =
+        Process::spawn(program(&calm(&[&options[..], &["--debounce", "50", "--keep-open"]].concat())));
+    process.stdout.wait_for_count(1);
+    let mut client = Client::connect(process.listening_address());
+    let lines = ["foo\n", "\n", "  two words\t\n", "\r\n"];
+    for (i, line) in lines.iter().enumerate() {
+        client.send(line);
+        process.stdout.wait_for_count(i + 2);
+    }
+    client.send("\n"); // which the end gives out
+    client.expect(lines.concat() + "\n");
+    assert_eq!(process.stop().stdout, ["0", "foo", "", "two words", "", ""]);
+}
+
+// -------------------------------------------------------------------- bursts
+
+/// `--debounce` is the silence that ends a burst, be it longer than a tenth of the interval or shorter.
+#[test]
+fn debounce_is_the_silence_that_ends_a_burst() {
+    for interval in ["5000", "600000"] {
+        let started = Instant::now();
+        let server = Server::start(&["--interval", interval, "--debounce", "1000", "--keep-open"]);
+        server.stdout.wait_for("Observing 0");
+        assert!(started.elapsed() >= ms(1000), "the first tick after {:?}", started.elapsed());
+        if interval == "5000" {
+            continue; // a tick would get into the burst
+        }
+        let mut client = server.connect();
+        let mut last = Instant::now();
+        for i in 1..=20 {
+            last = Instant::now();
+            client.send(format!("line {i}\n"));
+            thread::sleep(ms(20));
+        }
+        server.stdout.wait_for("Observing line 20");
+        let silence = last.elapsed();
+        assert!((ms(1000)..ms(10_000)).contains(&silence), "after {silence:?} of silence");
+        assert_eq!(observed(&server.stdout.lines()), ["0", "line 20"]);
+    }
+}
+
+/// A client that pokes more often than that holds back every event, unless there is a `--max-wait`: then they keep coming.
+#[test]
+fn steady_pokes_hold_back_events_only_without_a_longest_wait() {
+    let window = ["--debounce", "1000"];
+    let wait = ["--max-wait", "500"];
+    // The debounce of the first is long, lest a busy machine makes a pause that ends the burst.
+    for options in [&window[..], &[window, wait].concat(), &wait] {
+        let mut server = Server::start(&[&["--interval", "1000", "--keep-open"], options].concat());
+        let mut client = server.connect();
+        let started = Instant::now();
+        let mut pokes = 0;
+        while started.elapsed() < ms(5000) {
+            client.send(format!("poke {pokes}\n"));
+            pokes += 1;
+            thread::sleep(ms(50));
+        }
+        let lines = server.stdout.lines();
+        let events = observed(&lines);
+        println!("{options:?}: {pokes} pokes, {events:?}");
+        if options == window {
+            assert_eq!(events, [""; 0], "with {options:?}");
+        } else {
+            assert!(events.len() >= 5, "with {options:?} only {events:?}");
+        }
+        if options.len() == 4 {
+            // Nor more often than asked for.
+            let most = started.elapsed().as_millis() as usize / 500 + 1;
+            assert!(events.len() <= most, "with {options:?} {events:?}");
+        }
+        server.stop();
     }
 }
 

@@ -4,7 +4,7 @@
 //! Nothing here sleeps to wait for something to be true: it waits for the thing itself, with a deadline.
 #![allow(dead_code)] // each test file is a crate of its own and uses its own part
 
-use rustix::net::{AddressFamily, SendFlags, SocketType, ipproto, sockopt};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, sockopt};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -303,6 +303,13 @@ impl Process {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
+    /// The limit of descriptors with which it would have so many left; a gap among those that it has counts as one.
+    pub fn descriptor_limit_that_leaves(&self, left: usize) -> usize {
+        let directory = format!("/proc/{}/fd", self.child.id());
+        let open: Vec<_> = fs::read_dir(directory).unwrap().map(|fd| fd.unwrap().file_name()).collect();
+        (0..).filter(|number| !open.contains(&number.to_string().into())).nth(left).unwrap()
+    }
+
     pub fn threads(&self) -> u64 {
         self.proc_field("status", "Threads:").parse().unwrap()
     }
@@ -363,13 +370,19 @@ impl Drop for Process {
     }
 }
 
+/// A socket that programs started meanwhile do not inherit.
+fn stream_socket() -> OwnedFd {
+    let flags = SocketFlags::CLOEXEC;
+    rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap()
+}
+
 /// A port that is nobody else's: bound, so that the kernel gives it to no one, but not listened on.
 /// A server that is told to may still listen there.
 pub struct Port(OwnedFd);
 
 impl Port {
     pub fn reserve() -> Self {
-        let socket = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        let socket = stream_socket();
         sockopt::set_socket_reuseaddr(&socket, true).unwrap();
         rustix::net::bind(&socket, &SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0)).unwrap();
         Self(socket)
@@ -680,8 +693,7 @@ impl Client {
 
     /// A client that can take a few kilobytes only before it has read them.
     pub fn with_small_window(address: SocketAddr) -> Self {
-        let socket =
-            rustix::net::socket(AddressFamily::INET, SocketType::STREAM, Some(ipproto::TCP)).unwrap();
+        let socket = stream_socket();
         sockopt::set_socket_recv_buffer_size(&socket, 4096).unwrap();
         rustix::net::connect(&socket, &address).unwrap();
         Self::of(TcpStream::from(socket))
