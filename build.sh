@@ -91,7 +91,7 @@ push() {
 how_to_run() {
   printf '\n%s: %s bytes\n' "$IMAGE" "$(bytes "$IMAGE")"
   [ -z "$other" ] || return 0
-  printf 'Try it:  %s run --rm -it -p 8888:8888 %s\n' "$DOCKER" "$IMAGE"
+  printf 'Try it:  %s run --rm -it -p 8888:8888 %s --interval 2000\n' "$DOCKER" "$IMAGE"
   printf '         echo foo | nc localhost 8888\n'
 }
 

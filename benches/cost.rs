@@ -3,7 +3,7 @@
 //!
 //! ```sh
 //! cargo bench                                        # the table of the README
-//! cargo bench -- --svg docs/cost.svg                 # and its chart
+//! cargo bench -- --svg benches/cost.svg                 # and its chart
 //! cargo bench -- --quick --only syscalls --verbose   # one measure, a tenth of the counts
 //! ```
 //!

@@ -106,7 +106,7 @@ sidecar_is_valid() {
 sidecar() {
   cp "$work"/image/* "$work/"
   recipe yaml > "$work/compose.yaml"
-  in_work compose -p "$project" build ${BASE:+--build-arg BASE="$BASE"}
+  in_work compose -p "$project" build
   in_work compose -p "$project" up -d
   until_true compose_says 'sync: changed'
   in_work compose -p "$project" down --rmi local
