@@ -97,8 +97,8 @@ fn serve(options: Options) -> Result<(), String> {
         let server: &'static Server = Box::leak(Box::new(Server::new(options)));
         server.transcript.remark(&["Serving on ", &address]);
 
-        let served = server.spawn(server.serve(listener));
-        server.spawn(server.obey(signals)).detach();
+        let served = server.spawn(server.serve_clients(listener));
+        server.spawn(server.stop_on_signals(signals)).detach();
         server.spawn(server.wake_the_overdue()).detach();
         server.spawn(observe(server, served)).detach();
         for name in [health_name(""), health_name(&port), health_name(&address)] {
@@ -459,7 +459,7 @@ impl Server {
     }
 
     /// Serves clients until the first signal and until the last one has left, and completes the subject.
-    async fn serve(&'static self, listener: Arc<Async<TcpListener>>) {
+    async fn serve_clients(&'static self, listener: Arc<Async<TcpListener>>) {
         self.accept(&listener).await;
         drop(listener);
         self.departure.wait_until(|| self.connected.get() == 0).await;
@@ -467,7 +467,7 @@ impl Server {
     }
 
     /// Stops at the first signal; the second one is the end.
-    async fn obey(&self, signals: Signals) {
+    async fn stop_on_signals(&self, signals: Signals) {
         signals.next().await;
         self.grace_end.set(Some(Instant::now() + GRACE));
         self.acceptor.wake_all();
@@ -542,7 +542,7 @@ impl Server {
         clients[descriptor] = Some(client.clone());
         self.connected.set(self.connected.get() + 1);
         let task = async move {
-            Connection::new(self, &client).serve().await;
+            Connection::new(self, &client).converse().await;
             self.clients.borrow_mut()[descriptor] = None;
             self.connected.set(self.connected.get() - 1);
             self.departure.wake_all();
@@ -677,7 +677,7 @@ struct Connection<'a> {
 
 /// A direction of a connection.
 #[derive(Clone, Copy, PartialEq)]
-enum Way {
+enum Direction {
     In,
     Out,
 }
@@ -712,7 +712,7 @@ impl<'a> Connection<'a> {
     }
 
     /// Receives lines and sends them back: one, or with `--keep-open` all that come.
-    async fn serve(&mut self) {
+    async fn converse(&mut self) {
         let mut next = Next::Read;
         let mut ended = false;
         while next != Next::Close {
@@ -802,7 +802,7 @@ impl<'a> Connection<'a> {
     /// Adds bytes to the buffer, waiting for them if there are none, and returns how many; 0 at the
     /// end of what the client sends. The error is why there will be no more.
     fn read(&mut self) -> impl Future<Output = Result<usize, Errno>> {
-        poll_fn(|cx| match ready!(self.poll_io(cx, Way::In)) {
+        poll_fn(|cx| match ready!(self.poll_io(cx, Direction::In)) {
             // After a failed echo, a reset looks like an end.
             Ok(0) if self.gone == Some(Errno::CONNRESET) => Poll::Ready(Err(Errno::CONNRESET)),
             outcome => Poll::Ready(outcome),
@@ -814,7 +814,7 @@ impl<'a> Connection<'a> {
     fn echo(&mut self) -> impl Future<Output = ()> {
         poll_fn(|cx| {
             while self.gone.is_none() && self.unsent.0 < self.unsent.1 {
-                self.gone = ready!(self.poll_io(cx, Way::Out)).err();
+                self.gone = ready!(self.poll_io(cx, Direction::Out)).err();
             }
             self.buffer.drain(..self.unsent.1);
             Poll::Ready(())
@@ -834,7 +834,7 @@ impl<'a> Connection<'a> {
         self.lingering = true;
         let end = Instant::now() + GRACE;
         self.deadline = Some(end);
-        while let Ok(1..) = poll_fn(|cx| self.poll_io(cx, Way::In)).await {
+        while let Ok(1..) = poll_fn(|cx| self.poll_io(cx, Direction::In)).await {
             if end <= Instant::now() || self.server.grace_is_over() {
                 break;
             }
@@ -844,13 +844,13 @@ impl<'a> Connection<'a> {
 
     /// Attempts to read or to write until that succeeds or fails, waiting in between. Bytes that are
     /// there count before any clock does: the client is given up on after one more attempt only.
-    fn poll_io(&mut self, cx: &mut Context<'_>, way: Way) -> Poll<Result<usize, Errno>> {
+    fn poll_io(&mut self, cx: &mut Context<'_>, direction: Direction) -> Poll<Result<usize, Errno>> {
         let client = self.client;
-        let (mut attempt, mut overdue) = (way == Way::Out || self.readable, false);
+        let (mut attempt, mut overdue) = (direction == Direction::Out || self.readable, false);
         loop {
             let mut starved = false;
             if attempt {
-                match self.attempt(cx, way) {
+                match self.attempt(cx, direction) {
                     Err(Errno::AGAIN | Errno::INTR) => {}
                     Err(Errno::NOMEM) => starved = true,
                     Err(Errno::BUSY) => {
@@ -879,7 +879,7 @@ impl<'a> Connection<'a> {
                 }
             }
             client.starved.set(starved);
-            if way == Way::In {
+            if direction == Direction::In {
                 self.release();
             }
             if !starved {
@@ -887,7 +887,8 @@ impl<'a> Connection<'a> {
                     Some(io) => io,
                     none => none.insert(Async::new_nonblocking(&client.socket).map_err(errno)?),
                 };
-                let poll_ready = if way == Way::In { Async::poll_readable } else { Async::poll_writable };
+                let poll_ready =
+                    if direction == Direction::In { Async::poll_readable } else { Async::poll_writable };
                 if let Poll::Ready(result) = poll_ready(io, cx) {
                     result.map_err(errno)?;
                     attempt = true;
@@ -895,13 +896,13 @@ impl<'a> Connection<'a> {
                 }
             }
             let now = Instant::now();
-            let mut due = self.deadline(way, now);
+            let mut due = self.deadline(direction, now);
             if due > now {
                 if starved {
                     due = due.min(now + LOOK_AGAIN);
                 }
                 // After a wait for anything but bytes to read, there may be some.
-                self.readable = starved || way == Way::Out;
+                self.readable = starved || direction == Direction::Out;
                 client.task.set(Some(cx.waker().clone()));
                 client.due.set(Some(due));
                 if self.server.next_waking.get().is_none_or(|next| due < next) {
@@ -913,12 +914,12 @@ impl<'a> Connection<'a> {
         }
     }
 
-    fn attempt(&mut self, cx: &mut Context<'_>, way: Way) -> Result<usize, Errno> {
-        match way {
-            Way::In if self.lingering => self.discard(),
-            Way::In if self.reserve() => self.try_read(),
-            Way::In => self.try_read_line(cx),
-            Way::Out => {
+    fn attempt(&mut self, cx: &mut Context<'_>, direction: Direction) -> Result<usize, Errno> {
+        match direction {
+            Direction::In if self.lingering => self.discard(),
+            Direction::In if self.reserve() => self.try_read(),
+            Direction::In => self.try_read_line(cx),
+            Direction::Out => {
                 let (start, end) = self.unsent;
                 let count = rustix::io::write(&self.client.socket, &self.buffer[start..end])?;
                 self.unsent.0 += count;
@@ -930,10 +931,10 @@ impl<'a> Connection<'a> {
 
     /// When to stop waiting for the client: a timeout after its last byte, or at the end of the
     /// grace; at once if it is between two lines while the server stops.
-    fn deadline(&mut self, way: Way, now: Instant) -> Instant {
+    fn deadline(&mut self, direction: Direction, now: Instant) -> Instant {
         let deadline = *self.deadline.get_or_insert(now + self.server.options.timeout);
         match self.server.grace_end.get() {
-            Some(_) if way == Way::In && self.is_between_lines() => now,
+            Some(_) if direction == Direction::In && self.is_between_lines() => now,
             Some(end) => deadline.min(end),
             None => deadline,
         }
