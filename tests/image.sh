@@ -217,7 +217,7 @@ hostile_clients() {
   port=$(port "$name")
   set +x
   unfinished=$(printf '%65535s' '')
-  ulimit -n 2048
+  ulimit -S -n 2048
   while [ "${#sockets[@]}" -lt 1023 ]; do
     exec {socket}<> "/dev/tcp/127.0.0.1/$port"
     printf %s "$unfinished" >&"$socket"
@@ -247,7 +247,7 @@ stalled_text() {
   "$docker" run -d --cidfile "$work/stalled.cid" "${small[@]}" "$builder" \
     sh -c '/image/smolrx --interval 600000 | sleep 1000'
   # Not by a probe inside, which takes more of the memory than is left.
-  runs() { "$docker" top "$(id stalled)" -o pid,args | grep -E '^[0-9]+ +/image/smolrx '; }
+  runs() { "$docker" top "$(id stalled)" | grep -v 'sh -c' | grep '/image/smolrx '; }
   until_true runs
   port=$(port stalled)
   set +x
