@@ -158,8 +158,7 @@ A TCP server whose lines become a debounced event stream.
   --tcp-port PORT   port to listen on; 0 takes a free one [8888]
   --interval MS     period of the clock, at least 10 [60000]
   --debounce MS     silence that ends a burst; only its last event is given
-                    out; below --interval, or --max-wait is needed
-                    [a tenth of --interval]
+                    out [a tenth of --interval]
   --max-wait MS     longest time for which a burst holds an event back [none]
   --bind ADDR       IPv4 or IPv6 address to listen on [0.0.0.0]
   --keep-open       serve every line until the client closes
@@ -169,9 +168,8 @@ A TCP server whose lines become a debounced event stream.
   --timeout MS      a connection that neither sends nor takes a byte for so
                     long is closed [60000]
   -q, --quiet       print events alone, one a line
-  --health          ask a server whether it is healthy, the one on
-                    --bind:--tcp-port, or without these the first of this
-                    network namespace; exit 0 or 1
+  --health          ask the server on --bind:--tcp-port, or without these the
+                    first one here, if it is healthy; exit 0 or 1
   -h, --help        print this
   -V, --version     print the version
 ";
