@@ -16,6 +16,7 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `SMOLRX_IMAGE_BIN` | the binary out of the image, measured as one more server |
+//! | `SMOLRX_BEFORE_BIN` | an earlier image's binary, measured as one more, and compared with |
 //! | `BASELINE_PYTHON` | a Python that can `import reactivex`; `python3` when not set |
 
 #![forbid(unsafe_code)]
@@ -23,7 +24,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
 use std::thread::{self, JoinHandle};
@@ -91,7 +92,8 @@ fn run(options: &Options) -> Result<bool> {
 const HELP: &str = "\
 Usage: cargo bench [-- OPTIONS]
 
-      --only MEASURE  connections, syscalls, keep-open, memory or start; may be repeated
+      --only MEASURE  size, connections, syscalls, keep-open, quiet, memory or start;
+                      may be repeated
       --quick         a tenth of the counts
       --rounds N      rounds of each measure [default: 5]
       --svg FILE      also write the table as a chart
@@ -169,10 +171,18 @@ enum Kind {
     Ours,
     /// smolrx as the image has it.
     Image,
+    /// smolrx as an earlier image had it.
+    Before,
     /// `benches/floor.c`.
     Floor,
     /// `BASELINE`.
     Python,
+}
+
+impl Kind {
+    fn is_smolrx(self) -> bool {
+        matches!(self, Kind::Ours | Kind::Image | Kind::Before)
+    }
 }
 
 const BASELINE: &str = "baseline/rxserver.py";
@@ -182,6 +192,8 @@ const BASELINE: &str = "baseline/rxserver.py";
 enum Mode {
     OneLine,
     KeepOpen,
+    /// The same, and no transcript.
+    Quiet,
     ManyIdle,
 }
 
@@ -191,6 +203,9 @@ fn servers() -> Result<Vec<Server>> {
     let mut servers = vec![Server { name: "smolrx", kind: Kind::Ours, program: ours }];
     if let Some(program) = env::var_os("SMOLRX_IMAGE_BIN").map(PathBuf::from) {
         servers.push(Server { name: "image", kind: Kind::Image, program });
+    }
+    if let Some(program) = env::var_os("SMOLRX_BEFORE_BIN").map(PathBuf::from) {
+        servers.push(Server { name: "before", kind: Kind::Before, program });
     }
     match compiled_floor() {
         Ok(program) => servers.push(Server { name: "C floor", kind: Kind::Floor, program }),
@@ -233,45 +248,54 @@ fn python() -> Result<PathBuf> {
 }
 
 impl Server {
-    /// Only a baseline that has the option can keep a connection open.
+    /// Only smolrx can be quiet.
     fn does(&self, mode: Mode) -> bool {
-        let baseline = || fs::read_to_string(in_package(BASELINE)).unwrap_or_default();
-        mode != Mode::KeepOpen || self.kind != Kind::Python || baseline().contains("--keep-open")
+        mode != Mode::Quiet || self.kind.is_smolrx()
     }
 
-    fn command(&self, mode: Mode) -> Vec<String> {
+    fn command(&self, mode: Mode, port: u16) -> Vec<String> {
+        let port = port.to_string();
         let mut command = vec![self.program.display().to_string()];
         let mut add = |words: &[&str]| command.extend(words.iter().map(|word| word.to_string()));
         match self.kind {
-            Kind::Ours | Kind::Image => add(&["--tcp-port", "0"]),
             Kind::Floor => {}
             Kind::Python => {
                 add(&[&in_package(BASELINE).display().to_string()]);
                 add(&["--tcp-port", "0", "--interval", "60000"]);
             }
+            _ => add(&["--tcp-port", &port]),
         }
-        match (mode, self.kind) {
-            (Mode::KeepOpen, _) => add(&["--keep-open"]),
-            (Mode::ManyIdle, Kind::Ours | Kind::Image) => add(&["--max-conns", "20000"]),
+        match mode {
+            Mode::KeepOpen => add(&["--keep-open"]),
+            Mode::Quiet => add(&["--keep-open", "--quiet"]),
+            Mode::ManyIdle if self.kind.is_smolrx() => add(&["--max-conns", "20000"]),
             _ => {}
         }
         command
     }
 
     fn start(&self, mode: Mode) -> Result<Running> {
-        Running::start(self.kind, &self.command(mode), false)
+        // Who is quiet does not say which port it has.
+        let port = if mode == Mode::Quiet { free_port()? } else { 0 };
+        Running::start(self.kind, &self.command(mode, port), port, false)
     }
 
     /// Starts it under strace, which writes its counts to the file when the server ends.
     fn start_traced(&self, mode: Mode, counts: &Path) -> Result<Running> {
         let counts = counts.display().to_string();
         let mut command: Vec<_> = ["strace", "-f", "-c", "-o", &counts].map(String::from).into();
-        command.extend(self.command(mode));
-        Running::start(self.kind, &command, true)
+        command.extend(self.command(mode, 0));
+        Running::start(self.kind, &command, 0, true)
     }
 }
 
-/// A server that has said which port it serves. Killed when dropped.
+/// A port that nobody listens on right now.
+fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| socket.local_addr());
+    listener.map(|address| address.port()).map_err(|e| format!("no port is free: {e}"))
+}
+
+/// A server that serves. Killed when dropped.
 struct Running {
     kind: Kind,
     child: Child,
@@ -282,7 +306,8 @@ struct Running {
 }
 
 impl Running {
-    fn start(kind: Kind, command: &[String], traced: bool) -> Result<Self> {
+    /// Starts one, on a port; without one (0), its first line says which it has.
+    fn start(kind: Kind, command: &[String], port: u16, traced: bool) -> Result<Self> {
         let mut child = Command::new(&command[0])
             .args(&command[1..])
             .stdin(Stdio::null())
@@ -290,12 +315,16 @@ impl Running {
             .spawn()
             .map_err(|e| format!("cannot start {}: {e}", command[0]))?;
         let mut stdout = child.stdout.take().expect("stdout is piped");
-        let mut running = Running { kind, pid: Pid::from_child(&child), child, port: 0, log: None };
-        let line = first_line(&mut stdout)?;
-        running.port = line
-            .strip_prefix("Serving on ")
-            .and_then(|address| address.rsplit_once(':')?.1.parse().ok())
-            .ok_or(format!("its first line is no address: {line}"))?;
+        let mut running = Running { kind, pid: Pid::from_child(&child), child, port, log: None };
+        if port == 0 {
+            let line = first_line(&mut stdout)?;
+            running.port = line
+                .strip_prefix("Serving on ")
+                .and_then(|address| address.rsplit_once(':')?.1.parse().ok())
+                .ok_or(format!("its first line is no address: {line}"))?;
+        } else {
+            within(PATIENCE, "its port", || running.connect(0).ok())?;
+        }
         if traced {
             let tracer = running.pid.as_raw_nonzero();
             let children = fs::read_to_string(format!("/proc/{tracer}/task/{tracer}/children"))
@@ -311,7 +340,7 @@ impl Running {
     fn stop(mut self, lines: usize, connections: usize) -> Result<()> {
         rustix::process::kill_process(self.pid, Signal::TERM).map_err(|e| e.to_string())?;
         let status = within(PATIENCE, "its end", || self.child.try_wait().ok().flatten())?;
-        if matches!(self.kind, Kind::Ours | Kind::Image) && !status.success() {
+        if self.kind.is_smolrx() && !status.success() {
             return Err(format!("it ended with {status}"));
         }
         let log = self.log.take().expect("taken once").join().map_err(|_| "the log's reader died")?;
@@ -623,6 +652,13 @@ const fn cost(title: &'static str, unit: &'static str) -> Row {
 
 const MEASURES: &[Measure] = &[
     Measure {
+        name: "size",
+        mode: Mode::Quiet,
+        rows: &[cost("program", "bytes"), cost("what a pull transfers", "bytes")],
+        rounds: |_| 1,
+        take: size,
+    },
+    Measure {
         name: "connections",
         mode: Mode::OneLine,
         rows: &[
@@ -647,7 +683,14 @@ const MEASURES: &[Measure] = &[
         mode: Mode::KeepOpen,
         rows: &[rate("lines per second, --keep-open"), cost("CPU per line", "µs")],
         rounds: |options| options.rounds,
-        take: keep_open,
+        take: |server, options| keep_open(server, Mode::KeepOpen, options),
+    },
+    Measure {
+        name: "quiet",
+        mode: Mode::Quiet,
+        rows: &[rate("lines per second, -q"), cost("CPU per line, -q", "µs")],
+        rounds: |options| options.rounds,
+        take: |server, options| keep_open(server, Mode::Quiet, options),
     },
     Measure {
         name: "memory",
@@ -668,6 +711,15 @@ const MEASURES: &[Measure] = &[
         take: start,
     },
 ];
+
+/// The program as a file, and as the compressed layer of an image that holds nothing else.
+fn size(server: &Server, _: &Options) -> Result<Vec<f64>> {
+    let bytes = fs::metadata(&server.program).map_err(|e| format!("no size: {e}"))?.len();
+    let layer = "tar -C \"${1%/*}\" --transform='s/.*/smolrx/' --owner=0 --group=0 --mtime=@0 -c \"${1##*/}\" | gzip -n | wc -c";
+    let layer = Command::new("sh").args(["-c", layer, "sh"]).arg(&server.program).output();
+    let layer = layer.ok().and_then(|output| String::from_utf8_lossy(&output.stdout).trim().parse().ok());
+    Ok(vec![bytes as f64, layer.ok_or("tar and gzip print no size")?])
+}
 
 /// Connections of one line each: how many a second, what each costs the server, how long each
 /// takes. The driver is one thread and works as hard as the server: where both are fast, the rate
@@ -733,12 +785,12 @@ fn strace_counts(counts: &str) -> BTreeMap<String, f64> {
 }
 
 /// Short lines, pipelined: every client sends all of its lines as fast as the socket takes them.
-fn keep_open(server: &Server, options: &Options) -> Result<Vec<f64>> {
+fn keep_open(server: &Server, mode: Mode, options: &Options) -> Result<Vec<f64>> {
     // Python's hundredfold share of the time would buy no better figure.
     let share = if server.kind == Kind::Python { 10 } else { 1 };
     let each = options.counts.lines / share / AT_ONCE;
     let lines = each * AT_ONCE;
-    let server = server.start(Mode::KeepOpen)?;
+    let server = server.start(mode)?;
     let scripts: Vec<Vec<u8>> = (0..AT_ONCE)
         .map(|client| (0..each).flat_map(|n| format!("{client} {n}\n").into_bytes()).collect())
         .collect();
@@ -748,7 +800,11 @@ fn keep_open(server: &Server, options: &Options) -> Result<Vec<f64>> {
     let elapsed = began.elapsed();
     thread::sleep(SETTLE);
     let cpu = server.cpu()? - cpu;
-    server.stop(lines, AT_ONCE)?;
+    if mode == Mode::Quiet {
+        server.stop(0, 0)?
+    } else {
+        server.stop(lines, AT_ONCE)?
+    }
     Ok(vec![lines as f64 / elapsed.as_secs_f64(), cpu as f64 / 1e3 / lines as f64])
 }
 
@@ -861,18 +917,20 @@ impl Figures {
 
 // ---- The table and the chart ----
 
-/// The two ratios of a row: what smolrx costs above the C floor, and what it gains on Python.
-fn ratios(servers: &[Server], figures: &Figures) -> [Option<f64>; 2] {
+/// The ratios of a row: what smolrx costs above the C floor and above the earlier binary, and what
+/// it gains on Python. It is the image's, if that is measured.
+fn ratios(servers: &[Server], figures: &Figures) -> [Option<f64>; 3] {
     let nth = |kind| servers.iter().position(|server| server.kind == kind);
-    let [ours, floor, python] = [Kind::Ours, Kind::Floor, Kind::Python].map(nth);
-    [figures.gain(floor, ours), figures.gain(ours, python)]
+    let ours = nth(Kind::Image).or(nth(Kind::Ours));
+    let [floor, before, python] = [Kind::Floor, Kind::Before, Kind::Python].map(nth);
+    [figures.gain(floor, ours), figures.gain(before, ours), figures.gain(ours, python)]
 }
 
 /// A markdown table whose columns also line up in a terminal.
 fn table(servers: &[Server], figures: &[Figures], notes: &[String]) -> String {
     let mut head = vec![String::new()];
     head.extend(servers.iter().map(|server| server.name.to_string()));
-    head.extend(["cost, C = 1", "gain on Python"].map(String::from));
+    head.extend(["cost, C = 1", "cost, before = 1", "gain on Python"].map(String::from));
     let mut lines = vec![head];
     for figures in figures {
         let mut line = vec![figures.row.title()];
@@ -924,7 +982,9 @@ fn notes(options: &Options) -> Vec<String> {
             thread::available_parallelism().map_or(1, usize::from),
             models.first().unwrap_or(&env::consts::ARCH)
         ),
-        "Cost: how many times the C floor's. Gain: how many times better than Python's.".into(),
+        "Cost: how many times the C floor's, or the earlier binary's. Gain: how many times better than \
+         Python's. Both of the image, where it is measured."
+            .into(),
     ]
 }
 
@@ -975,13 +1035,14 @@ fn chart(servers: &[Server], figures: &[Figures], notes: &[String]) -> String {
          font-family=\"system-ui,sans-serif\" font-size=\"12\">\n\
          <title>What a connection costs</title>\n\
          <style>text{{fill:#6e7781}}.t{{font-weight:600}}.r{{text-anchor:end}}\
-         .a{{fill:#1f7ae0}}.b{{fill:#6f5bd6}}.c{{fill:#818b98}}.d{{fill:#d9822b}}\
+         .a{{fill:#1f7ae0}}.b{{fill:#6f5bd6}}.c{{fill:#818b98}}.d{{fill:#d9822b}}.e{{fill:#2f9e6e}}\
          @media(prefers-color-scheme:dark){{text{{fill:#adb5be}}}}</style>\n",
         width = 2 * PANEL
     );
     let class = |server: &Server| match server.kind {
         Kind::Ours => 'a',
         Kind::Image => 'b',
+        Kind::Before => 'e',
         Kind::Floor => 'c',
         Kind::Python => 'd',
     };
@@ -997,10 +1058,11 @@ fn chart(servers: &[Server], figures: &[Figures], notes: &[String]) -> String {
     }
     for (nth, figures) in figures.iter().enumerate() {
         let (x, y) = (nth % 2 * PANEL, TOP + nth / 2 * panel_height);
-        let [cost, gain] = ratios(servers, figures);
+        let [cost, before, gain] = ratios(servers, figures);
         let cost = cost.map(|ratio| format!("{} C", times(ratio)));
+        let before = before.map(|ratio| format!("{} before", times(ratio)));
         let gain = gain.map(|ratio| format!("gain {}", times(ratio)));
-        let ratios: Vec<String> = [cost, gain].into_iter().flatten().collect();
+        let ratios: Vec<String> = [cost, before, gain].into_iter().flatten().collect();
         let _ = writeln!(
             svg,
             "<g transform=\"translate({x} {y})\"><text class=\"t\" y=\"12\">{}</text>\
