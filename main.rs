@@ -13,16 +13,15 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::mem::{self, MaybeUninit};
+use std::mem;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::{Pin, pin};
-use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use async_executor::StaticLocalExecutor;
@@ -30,6 +29,7 @@ use futures_lite::future::{self, FutureExt};
 use futures_lite::stream::{self, Stream, StreamExt};
 use nix::sys::signal::{SIGINT, SIGPIPE, SIGTERM, SIGXFSZ, SigSet};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use pico_args::Arguments;
 use pin_project_lite::pin_project;
 use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -40,6 +40,7 @@ use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAdd
 use rustix::net::{SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
+use rustix::termios::isatty as is_terminal;
 // libc's `_exit`: the end of the process, and nothing else.
 use signal_hook::low_level::exit;
 use smol::{Async, Task, Timer};
@@ -53,10 +54,10 @@ compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 fn main() -> ! {
     // Blocked, they leave it at an error from `write`, which gets its sentence. Blocking can't fail.
     let _ = SigSet::from_iter([SIGPIPE, SIGXFSZ]).thread_block();
-    let (status, message) = match Command::parse(lexopt::Parser::from_env()).map(Command::run) {
+    let (status, message) = match Command::parse(Arguments::from_env()).map(Command::run) {
         Ok(Ok(())) => exit(0),
         Ok(Err(message)) => (1, message),
-        Err(message) => (2, format!("{message}; see smolrx --help")),
+        Err(message) => (2, message + "; see smolrx --help"),
     };
     // Where writing blocks all the same, a signal must be able to end it.
     let _ = Signals::mask().thread_unblock();
@@ -85,22 +86,22 @@ const TASKS_A_TURN: usize = 200;
 /// Serves until a signal ends it or stdout fails, the error being the sentence to print.
 fn serve(options: Options) -> Result<(), String> {
     let signals = Signals::block().map_err(|error| failure("wait for signals", error))?;
-    let output = Output::to(stdout()).map_err(|error| failure("write to stdout", error))?;
+    let output = Output::to(stdout());
     raise_descriptor_limit();
     smol::block_on(async {
         let wanted = options.address;
-        let listener =
-            listen(wanted).map_err(|error| failure(&format!("listen on {}", address_text(wanted)), error))?;
+        let listener = listen(wanted)
+            .map_err(|error| failure(&["listen on ", &address_text(wanted)].concat(), error))?;
         let address = local_address(&listener).unwrap_or(wanted);
         let (address, port) = (address_text(address), decimal(address.port().into()));
         // Tasks borrow the server for as long as the process lives.
         let server: &'static Server = Box::leak(Box::new(Server::new(options)));
         server.transcript.remark(&["Serving on ", &address]);
 
-        let served = server.spawn(server.serve_clients(listener));
+        server.spawn(server.serve_clients(listener)).detach();
         server.spawn(server.stop_on_signals(signals)).detach();
         server.spawn(server.wake_the_overdue()).detach();
-        server.spawn(observe(server, served)).detach();
+        server.spawn(observe(server)).detach();
         for name in [health_name(""), health_name(&port), health_name(&address)] {
             match health_socket(&name) {
                 Ok(socket) => server.spawn(answer_probes(socket)).detach(),
@@ -113,10 +114,10 @@ fn serve(options: Options) -> Result<(), String> {
         // What `executor.run` does, without its queues for work stealing (3 kB).
         let run = async {
             loop {
-                for _ in 0..TASKS_A_TURN {
-                    server.executor.tick().await;
+                server.executor.tick().await;
+                if (1..TASKS_A_TURN).all(|_| server.executor.try_tick()) {
+                    future::yield_now().await;
                 }
-                future::yield_now().await;
             }
         };
         future::or(written, run).await;
@@ -126,17 +127,12 @@ fn serve(options: Options) -> Result<(), String> {
 
 /// The experiment itself: subject → merge(timer) → debounce → observer.
 ///
-/// It goes on until the server has `served` its last client and nothing is pending.
-async fn observe(server: &'static Server, served: Task<()>) {
+/// It goes on until the server has served its last client and nothing is pending.
+async fn observe(server: &'static Server) {
     let Options { interval, debounce, max_wait, .. } = server.options;
     let clock = timer(Realtime, Duration::ZERO, interval).map(decimal);
-    let mut events = pin!(
-        server
-            .lines
-            .observe()
-            .merge(stream::stop_after_future(clock, served))
-            .debounce(Realtime, debounce, max_wait)
-    );
+    let clock = stream::stop_after_future(clock, server.lines.completion());
+    let mut events = pin!(server.lines.observe().merge(clock).debounce(Realtime, debounce, max_wait));
     while let Some(event) = events.next().await {
         poll_fn(|cx| server.transcript.poll_ready(cx)).await;
         server.transcript.event(&event);
@@ -146,7 +142,7 @@ async fn observe(server: &'static Server, served: Task<()>) {
 
 /// What an operation that failed is reported as.
 fn failure(what: &str, error: Errno) -> String {
-    format!("cannot {what}: {}", reason(error))
+    ["cannot ", what, ": ", &reason(error)].concat()
 }
 
 // ---------------------------------------------------------------- the options
@@ -207,42 +203,35 @@ pub struct Asked {
 
 impl Command {
     /// The error is a sentence that names the option as it was typed.
-    pub fn parse(mut args: lexopt::Parser) -> Result<Command, String> {
-        use lexopt::Arg::{Long, Short, Value};
-
-        let (mut bind, mut port) = (None, None);
-        let (mut interval, mut debounce, mut max_wait, mut timeout) = (60_000, None, None, 60_000);
-        let (mut max_conns, mut max_line) = (1024, 65_536);
-        let (mut keep_open, mut quiet, mut health) = (false, false, false);
-        loop {
-            match args.next().map_err(sentence)? {
-                Some(Long("tcp-port")) => port = Some(number(&mut args, "tcp-port", 0, 65_535)?),
-                Some(Long("interval")) => interval = number(&mut args, "interval", 10, u32::MAX)?,
-                Some(Long("debounce")) => debounce = Some(number(&mut args, "debounce", 1, u32::MAX)?),
-                Some(Long("max-wait")) => max_wait = Some(number(&mut args, "max-wait", 1, u32::MAX)?),
-                Some(Long("bind")) => {
-                    let typed = value(&mut args)?;
-                    let address: Option<IpAddr> = typed.parse().ok();
-                    bind = Some(address.ok_or_else(|| misfit("bind", "an IPv4 or IPv6 address", &typed))?);
-                }
-                Some(Long("keep-open")) => keep_open = true,
-                Some(Long("max-conns")) => max_conns = number(&mut args, "max-conns", 1, u32::MAX)?,
-                Some(Long("max-line")) => max_line = number(&mut args, "max-line", 1, u32::MAX - 1)?,
-                Some(Long("timeout")) => timeout = number(&mut args, "timeout", 1, u32::MAX)?,
-                Some(Short('q') | Long("quiet")) => quiet = true,
-                Some(Long("health")) => health = true,
-                Some(Short('h') | Long("help")) => return Ok(Command::Print(HELP)),
-                Some(Short('V') | Long("version")) => {
-                    return Ok(Command::Print(concat!("smolrx ", env!("CARGO_PKG_VERSION"), "\n")));
-                }
-                Some(Value(word)) => return Err(format!("unexpected argument '{}'", word.to_string_lossy())),
-                Some(Long(option)) => return Err(format!("unknown option '--{option}'")),
-                Some(Short(option)) => return Err(format!("unknown option '-{option}'")),
-                None => break,
-            }
+    pub fn parse(mut args: Arguments) -> Result<Command, String> {
+        if has(&mut args, ["-h", "--help"]) {
+            return Ok(Command::Print(HELP));
         }
-        let address =
-            SocketAddr::new(bind.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), port.unwrap_or(8888) as u16);
+        if has(&mut args, ["-V", "--version"]) {
+            return Ok(Command::Print(concat!("smolrx ", env!("CARGO_PKG_VERSION"), "\n")));
+        }
+        let port = number(&mut args, "--tcp-port", 0, 65_535)?;
+        let interval = number(&mut args, "--interval", 10, u32::MAX)?.unwrap_or(60_000);
+        let debounce = number(&mut args, "--debounce", 1, u32::MAX)?.unwrap_or(interval / 10);
+        let max_wait = number(&mut args, "--max-wait", 1, u32::MAX)?;
+        let bind: Option<IpAddr> = match value(&mut args, "--bind")? {
+            Some(typed) => match typed.parse() {
+                Ok(address) => Some(address),
+                Err(_) => return Err(misfit("--bind", "an IPv4 or IPv6 address", &typed)),
+            },
+            None => None,
+        };
+        let max_conns = number(&mut args, "--max-conns", 1, u32::MAX)?.unwrap_or(1024);
+        let max_line = number(&mut args, "--max-line", 1, u32::MAX - 1)?.unwrap_or(65_536);
+        let timeout = number(&mut args, "--timeout", 1, u32::MAX)?.unwrap_or(60_000);
+        let [keep_open, quiet, health] =
+            [["--keep-open"; 2], ["-q", "--quiet"], ["--health"; 2]].map(|names| has(&mut args, names));
+        if let Some(word) = args.finish().first() {
+            return Err(["unknown option '", &word.to_string_lossy(), "'"].concat());
+        }
+
+        let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        let address = SocketAddr::new(bind.unwrap_or(any), port.unwrap_or(8888) as u16);
         if health {
             let by = match (bind, port) {
                 (None, None) => String::new(),
@@ -255,7 +244,7 @@ impl Command {
         Ok(Command::Serve(Options {
             address,
             interval: milliseconds(interval),
-            debounce: milliseconds(debounce.unwrap_or(interval / 10)),
+            debounce: milliseconds(debounce),
             max_wait: max_wait.map(milliseconds),
             keep_open,
             max_conns: max_conns as usize,
@@ -266,33 +255,41 @@ impl Command {
     }
 }
 
-/// The whole number that follows an option.
-fn number(args: &mut lexopt::Parser, option: &str, min: u32, max: u32) -> Result<u32, String> {
-    let typed = value(args)?;
-    let number = typed.parse().ok().filter(|number| (min..=max).contains(number));
-    number.ok_or_else(|| {
-        let wanted = format!("a whole number from {} to {}", decimal(min.into()), decimal(max.into()));
-        misfit(option, &wanted, &typed)
-    })
+/// Whether an option is given.
+fn has(args: &mut Arguments, names: [&'static str; 2]) -> bool {
+    let mut given = false;
+    while args.contains(names) {
+        given = true;
+    }
+    given
 }
 
-/// What follows an option.
-fn value(args: &mut lexopt::Parser) -> Result<String, String> {
-    let typed = args.value().map_err(sentence)?;
-    Ok(typed.to_string_lossy().into_owned())
+/// What follows an option, if it is given; of several the last.
+fn value(args: &mut Arguments, option: &'static str) -> Result<Option<String>, String> {
+    let mut last = None;
+    loop {
+        match args.opt_value_from_fn(option, |typed| Ok::<_, Infallible>(String::from(typed))) {
+            Ok(None) => return Ok(last),
+            Ok(typed) => last = typed,
+            Err(_) => return Err(["option '", option, "' needs a value, in UTF-8"].concat()),
+        }
+    }
+}
+
+/// The whole number that follows an option, if it is given.
+fn number(args: &mut Arguments, option: &'static str, min: u32, max: u32) -> Result<Option<u32>, String> {
+    let Some(typed) = value(args, option)? else { return Ok(None) };
+    match typed.parse() {
+        Ok(number) if (min..=max).contains(&number) => Ok(Some(number)),
+        _ => {
+            let wanted = ["a whole number from ", &decimal(min.into()), " to ", &decimal(max.into())];
+            Err(misfit(option, &wanted.concat(), &typed))
+        }
+    }
 }
 
 fn misfit(option: &str, wanted: &str, typed: &str) -> String {
-    format!("option '--{option}' takes {wanted}, not '{typed}'")
-}
-
-/// lexopt's own sentences print values with `Debug`, which the image compiles away.
-fn sentence(error: lexopt::Error) -> String {
-    match error {
-        lexopt::Error::MissingValue { option: Some(option) } => format!("option '{option}' needs a value"),
-        lexopt::Error::UnexpectedValue { option, .. } => format!("option '{option}' takes no value"),
-        _ => String::from("unexpected argument"),
-    }
+    ["option '", option, "' takes ", wanted, ", not '", typed, "'"].concat()
 }
 
 // ---------------------------------------------------------------- what tasks wait for
@@ -385,24 +382,36 @@ pub struct Server {
     pub lines: Subject<String>,
     pub transcript: Transcript,
     /// Where sentences go; opened at the start, as later there may be no descriptor for it.
-    stderr: Option<Output>,
-    memory: LineMemory,
-    /// The clients that are connected, by descriptor.
-    clients: RefCell<Vec<Option<Rc<Client>>>>,
-    /// How many they are.
+    stderr: BorrowedFd<'static>,
+    /// Clients that are connected.
     pub connected: Cell<usize>,
-    /// Waits for the signal to stop.
-    acceptor: Waiters,
     /// Wait until a client has left.
     departure: Waiters,
+    /// Tasks that wait for their client, by descriptor.
+    waits: RefCell<Vec<Option<Wait>>>,
     /// When the overdue are woken next, if anybody is waited for.
     next_waking: Cell<Option<Instant>>,
     /// Waits for a client that is due before that.
     earlier: Waiters,
-    /// The descriptor at which the turn of those who wait for memory begins.
-    turn: Cell<usize>,
+    /// Waits for the signal to stop.
+    acceptor: Waiters,
     /// Set by the first signal: when clients are waited for no longer.
     grace_end: Cell<Option<Instant>>,
+    /// Places for long lines that nobody has.
+    places: Cell<usize>,
+    /// The descriptor at which the turn of those who wait for a place begins.
+    turn: Cell<usize>,
+    /// The read buffer, while nobody uses it.
+    chunk: Cell<Vec<u8>>,
+}
+
+/// A task that waits for its client.
+struct Wait {
+    /// When to wake it in any case.
+    due: Instant,
+    task: Waker,
+    /// Bytes are there, and what it waits for is a place to put them.
+    for_place: bool,
 }
 
 /// Listens on an address. Connections inherit its options, which so cost no call for each.
@@ -435,19 +444,20 @@ impl Server {
     pub fn new(options: Options) -> Server {
         Server {
             transcript: Transcript { quiet: options.quiet, ..Transcript::default() },
-            memory: LineMemory::default(),
             options,
             executor: StaticLocalExecutor::new(),
             lines: Subject::default(),
-            stderr: Output::to(stderr()).ok(),
-            clients: RefCell::default(),
+            stderr: open_anew(stderr()).unwrap_or(stderr()),
             connected: Cell::default(),
-            acceptor: Waiters::default(),
             departure: Waiters::default(),
+            waits: RefCell::default(),
             next_waking: Cell::default(),
             earlier: Waiters::default(),
-            turn: Cell::default(),
+            acceptor: Waiters::default(),
             grace_end: Cell::default(),
+            places: Cell::new(PLACES),
+            turn: Cell::default(),
+            chunk: Cell::default(),
         }
     }
 
@@ -469,7 +479,7 @@ impl Server {
         signals.next().await;
         self.grace_end.set(Some(Instant::now() + GRACE));
         self.acceptor.wake_all();
-        self.clients.borrow().iter().flatten().for_each(|client| client.wake());
+        self.waits.borrow_mut().iter_mut().filter_map(Option::take).for_each(|wait| wait.task.wake());
         exit(128 + signals.next().await)
     }
 
@@ -515,7 +525,7 @@ impl Server {
                 Err(error) => {
                     if warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
                         warned = Some(Instant::now());
-                        self.complain(&format!("{}; trying again", failure("accept", error)));
+                        self.complain(&[&failure("accept", error), "; trying again"].concat());
                     }
                     sleep(BACK_OFF).await;
                 }
@@ -523,64 +533,49 @@ impl Server {
         }
     }
 
-    /// Starts the task of a new client.
+    /// Starts the task of a new client, whose socket does not block.
     pub fn welcome(&'static self, socket: TcpStream, peer: SocketAddr) {
-        let descriptor = socket.as_raw_fd() as usize;
-        let client = Rc::new(Client {
-            socket,
-            peer,
-            due: Cell::default(),
-            task: Cell::default(),
-            starved: Cell::default(),
-        });
-        let mut clients = self.clients.borrow_mut();
-        while clients.len() <= descriptor {
-            clients.push(None);
-        }
-        clients[descriptor] = Some(client.clone());
         self.connected.set(self.connected.get() + 1);
         let task = async move {
-            Connection::new(self, &client).converse().await;
-            self.clients.borrow_mut()[descriptor] = None;
+            Connection::new(self, &socket, peer).converse().await;
             self.connected.set(self.connected.get() - 1);
             self.departure.wake_all();
         };
         self.spawn(task).detach();
     }
 
-    /// Wakes the tasks of the clients whose time is over, an eighth of the timeout late at most:
-    /// each of them tries once more and then judges. One timer serves all, and none while there is
-    /// nobody to wait for; never returns.
+    /// Wakes the tasks whose client's time is over, an eighth of the timeout late at most: each of
+    /// them tries once more and then judges. One timer serves all, and none while nobody is waited
+    /// for; never returns.
     async fn wake_the_overdue(&self) {
         let pause = LOOK_AGAIN.min(self.options.timeout / 8);
         loop {
             let now = Instant::now();
             let mut next = None;
-            for client in self.clients.borrow().iter().flatten() {
-                match client.due.get() {
-                    Some(due) if due <= now => client.wake(),
-                    Some(due) if next.is_none_or(|next| due < next) => next = Some(due),
-                    _ => {}
+            for wait in self.waits.borrow_mut().iter_mut() {
+                match wait {
+                    Some(Wait { due, .. }) if *due > now => next = next.into_iter().chain(Some(*due)).min(),
+                    _ => wait.take().into_iter().for_each(|wait| wait.task.wake()),
                 }
             }
             self.next_waking.set(next);
+            let earlier = self.earlier.wait();
             match next {
-                Some(next) => {
-                    let timer = sleep(next.max(now + pause) - now);
-                    future::or(timer, self.earlier.wait()).await;
-                }
-                None => self.earlier.wait().await,
+                Some(next) => future::or(sleep(next.max(now + pause) - now), earlier).await,
+                None => earlier.await,
             }
         }
     }
 
-    /// Wakes the next client that waits for memory; they take turns.
-    fn wake_a_starved_client(&self) {
-        let clients = self.clients.borrow();
-        let (before, after) = clients.split_at(self.turn.get().min(clients.len()));
-        if let Some(client) = after.iter().chain(before).flatten().find(|client| client.starved.get()) {
-            self.turn.set(client.socket.as_raw_fd() as usize + 1);
-            client.wake();
+    /// Wakes the next client that waits for a place; they take turns.
+    fn wake_for_place(&self) {
+        let mut waits = self.waits.borrow_mut();
+        let (turn, length) = (self.turn.get(), waits.len());
+        for descriptor in (turn..turn + length).map(|i| i % length) {
+            if let Some(wait) = waits[descriptor].take_if(|wait| wait.for_place) {
+                self.turn.set(descriptor + 1);
+                return wait.task.wake();
+            }
         }
     }
 
@@ -599,16 +594,16 @@ impl Server {
     }
 
     /// A line was received whole.
-    fn receive(&self, line: &[u8], peer: &str) {
+    fn receive(&self, line: &[u8], from: &str) {
         let text = text_of(line);
-        self.transcript.received(&text, peer);
+        self.transcript.remark(&["Received ", &text, from, &text]);
         self.lines.on_next(text);
     }
 
     /// Prints a sentence on stderr, unless it would have to wait.
     fn complain(&self, sentence: &str) {
-        if let Some(output) = &self.stderr {
-            complain(output.fd, sentence);
+        if is_writable(self.stderr) {
+            complain(self.stderr, sentence);
         }
     }
 }
@@ -617,128 +612,111 @@ impl Server {
 
 /// Bytes that are read at once, unless a longer line is under way.
 const CHUNK: usize = 4096;
+/// Bytes of lines that are not yet received or not yet echoed: so many each connection may hold.
+const ALLOWANCE: usize = 1024;
+/// Connections that may hold more: a line of any length, so that no two wait for each other.
+const PLACES: usize = 8;
+/// When a client that waits for a place looks again.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Bytes of echo that leave at once, whatever the client's window and segments are like; they
 /// can't be lost when the connection closes behind them.
 const LEAVES_AT_ONCE: usize = 512;
-/// When a client that waits for memory looks again.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
-
-/// What the server knows of a client.
-struct Client {
-    /// Non-blocking.
-    socket: TcpStream,
-    peer: SocketAddr,
-    /// When to wake the task that waits for it, if one does.
-    due: Cell<Option<Instant>>,
-    task: Cell<Option<Waker>>,
-    /// Its bytes are there, and there is no memory for them.
-    starved: Cell<bool>,
-}
-
-impl Client {
-    fn wake(&self) {
-        self.due.set(None);
-        if let Some(task) = self.task.take() {
-            task.wake();
-        }
-    }
-}
 
 /// One client's conversation.
 struct Connection<'a> {
     server: &'static Server,
-    client: &'a Client,
+    /// Non-blocking.
+    socket: &'a TcpStream,
+    peer: SocketAddr,
     /// The reactor's registration, made once there is something to wait for: often there is not.
     io: Option<Async<&'a TcpStream>>,
-    /// Bytes received and not yet echoed. While there are none it has no memory.
+    /// Bytes received and not yet echoed.
     buffer: Vec<u8>,
-    memory: Share,
-    /// So many bytes of the buffer are known to hold no newline.
+    /// So many of them are received lines, to be echoed.
+    unsent: usize,
+    /// So many of the rest are known to hold no newline.
     searched: usize,
-    /// The part of the buffer that is still to be echoed.
-    unsent: (usize, usize),
     /// Bytes echoed so far.
     echoed: usize,
-    /// There may be bytes to read right now.
-    readable: bool,
     /// When to stop waiting for the client, counted from its last byte; none while the server is at work for it.
     deadline: Option<Instant>,
-    /// A line was received.
-    received: bool,
     /// Why the echo was given up.
     gone: Option<Errno>,
+    /// There may be bytes to read right now.
+    readable: bool,
+    /// Its bytes are known to wait until the server takes lines.
+    queued: bool,
+    /// It has one of the places.
+    has_place: bool,
+    /// It has bytes to read and nowhere to put them.
+    needs_place: bool,
+    /// A line was received.
+    received: bool,
     /// The conversation is over, and what the client still sends is passed over.
     lingering: bool,
-    /// It waits, with a whole line in its socket, until the server takes one.
-    queued: bool,
 }
 
-/// A direction of a connection.
+/// What is waited for.
 #[derive(Clone, Copy, PartialEq)]
-enum Direction {
-    In,
-    Out,
-}
-
-/// What a connection does next.
-#[derive(PartialEq)]
-enum Next {
-    Read,
-    /// Lines are left that the server can't take yet.
-    Wait,
-    Close,
+enum For {
+    Bytes,
+    /// In the socket, for the echo.
+    Room,
+    Place,
 }
 
 impl<'a> Connection<'a> {
-    fn new(server: &'static Server, client: &'a Client) -> Self {
+    fn new(server: &'static Server, socket: &'a TcpStream, peer: SocketAddr) -> Self {
         Connection {
             server,
-            client,
+            socket,
+            peer,
             io: None,
             buffer: Vec::new(),
-            memory: Share::default(),
+            unsent: 0,
             searched: 0,
-            unsent: (0, 0),
             echoed: 0,
-            readable: true,
             deadline: None,
-            received: false,
             gone: None,
-            lingering: false,
+            readable: true,
             queued: false,
+            has_place: false,
+            needs_place: false,
+            received: false,
+            lingering: false,
         }
     }
 
     /// Receives lines and sends them back: one, or with `--keep-open` all that come.
     async fn converse(&mut self) {
-        let mut next = Next::Read;
-        let mut ended = false;
-        while next != Next::Close {
-            if next == Next::Wait {
-                self.wait_for_the_server().await;
-            } else {
-                match self.read().await {
-                    Ok(count) => ended = count == 0,
-                    // It was reset, or waited for long enough: an unfinished line is no line.
-                    Err(_) => break,
-                }
+        let (mut goes_on, mut ended) = (true, false);
+        while goes_on {
+            match poll_fn(|cx| self.poll_read(cx)).await {
+                Ok(count) => ended = count == 0,
+                // It was reset, or waited for long enough: an unfinished line is no line.
+                Err(_) => break,
             }
-            next = self.receive_lines(ended);
-            self.echo().await;
-            if next == Next::Read && self.server.grace_is_over() {
-                break;
-            }
-            if next == Next::Read && self.readable {
+            goes_on = self.receive_lines(ended);
+            poll_fn(|cx| self.poll_echo(cx)).await;
+            self.release();
+            goes_on = goes_on && !self.server.grace_is_over();
+            if goes_on && self.readable {
                 // A client that never stops sending must not starve the others.
                 future::yield_now().await;
             }
         }
         if !ended && self.gone.is_none() {
             // The echo's end goes first: a reset, should the client send more, comes too late for harm.
-            let _ = net::shutdown(&self.client.socket, Shutdown::Write);
-            if self.must_linger() {
-                // Boxed: it is rare, and every connection would hold its state.
-                Box::pin(self.linger()).await;
+            let _ = net::shutdown(self.socket, Shutdown::Write);
+            self.lingering = self.must_linger();
+            let end = Instant::now() + GRACE;
+            self.deadline = Some(end);
+            while self.lingering {
+                self.buffer.clear();
+                self.lingering = matches!(poll_fn(|cx| self.poll_read(cx)).await, Ok(1..))
+                    && Instant::now() < end
+                    && !self.server.grace_is_over();
+                future::yield_now().await;
             }
         }
         self.buffer.clear();
@@ -748,277 +726,238 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Hands on the whole lines at the start of the buffer, as far as the server takes them, and
-    /// marks them for the echo.
-    fn receive_lines(&mut self, ended: bool) -> Next {
+    /// Hands on the whole lines at the start of the buffer and marks them for the echo. Returns
+    /// whether the conversation goes on.
+    fn receive_lines(&mut self, ended: bool) -> bool {
         let options = &self.server.options;
-        let mut peer = String::new();
-        let mut end = 0;
-        let next = loop {
-            match first_line(&self.buffer[end..], self.searched, ended, options.max_line) {
-                Line::Whole(_) if !self.server.transcript.is_ready() || !self.server.lines.is_ready() => {
-                    break Next::Wait;
-                }
+        let mut from = String::new();
+        loop {
+            let rest = &self.buffer[self.unsent..];
+            match first_line(rest, self.searched, ended, options.max_line) {
                 Line::Whole(length) => {
-                    if peer.is_empty() {
-                        peer = address_text(self.client.peer);
+                    if from.is_empty() {
+                        from = [" from ", &address_text(self.peer), "\nSend: "].concat();
                     }
-                    self.server.receive(&self.buffer[end..end + length], &peer);
+                    self.server.receive(&rest[..length], &from);
                     self.received = true;
                     self.searched = 0;
-                    end += length;
+                    self.unsent += length;
                     if !options.keep_open {
-                        break Next::Close;
+                        return false;
                     }
                 }
-                Line::Partial if ended => break Next::Close,
                 Line::Partial => {
-                    self.searched = self.buffer.len() - end;
-                    break Next::Read;
+                    self.searched = rest.len();
+                    return !ended;
                 }
                 Line::TooLong => {
-                    let (peer, longest) = (address_text(self.client.peer), decimal(options.max_line as u64));
-                    self.server.complain(&format!("line from {peer} is longer than {longest} bytes"));
-                    self.buffer.truncate(end);
-                    break Next::Close;
+                    let (peer, longest) = (address_text(self.peer), decimal(options.max_line as u64));
+                    let sentence = ["line from ", &peer, " is longer than ", &longest, " bytes"];
+                    self.server.complain(&sentence.concat());
+                    self.buffer.truncate(self.unsent);
+                    return false;
                 }
             }
-        };
-        self.unsent = (0, end);
-        next
-    }
-
-    /// Waits until the server takes another line.
-    fn wait_for_the_server(&mut self) -> impl Future<Output = ()> {
-        poll_fn(|cx| {
-            let ready = self.server.poll_ready(cx);
-            self.readable |= ready.is_pending();
-            ready
-        })
+        }
     }
 
     /// Adds bytes to the buffer, waiting for them if there are none, and returns how many; 0 at the
     /// end of what the client sends. The error is why there will be no more.
-    fn read(&mut self) -> impl Future<Output = Result<usize, Errno>> {
-        poll_fn(|cx| match ready!(self.poll_io(cx, Direction::In)) {
-            // After a failed echo, a reset looks like an end.
-            Ok(0) if self.gone == Some(Errno::CONNRESET) => Poll::Ready(Err(Errno::CONNRESET)),
-            outcome => Poll::Ready(outcome),
-        })
-    }
-
-    /// Sends back what is marked for it as it came, and forgets it. If that fails, only the echo is
-    /// given up: what else has arrived is received.
-    fn echo(&mut self) -> impl Future<Output = ()> {
-        poll_fn(|cx| {
-            while self.gone.is_none() && self.unsent.0 < self.unsent.1 {
-                self.gone = ready!(self.poll_io(cx, Direction::Out)).err();
-            }
-            self.buffer.drain(..self.unsent.1);
-            Poll::Ready(())
-        })
-    }
-
-    /// Whether bytes of the echo may be lost if the socket is closed now: when it is a long one, or
-    /// when the client has sent bytes that nobody reads, which makes the kernel reset the connection.
-    fn must_linger(&mut self) -> bool {
-        let unread = || self.readable && self.discard().is_ok_and(|count| count > 0);
-        self.echoed > LEAVES_AT_ONCE || self.received && (!self.buffer.is_empty() || unread())
-    }
-
-    /// Passes over what the client sends until it has the echo and closes, or the grace is over.
-    async fn linger(&mut self) {
-        self.buffer.clear();
-        self.lingering = true;
-        let end = Instant::now() + GRACE;
-        self.deadline = Some(end);
-        while let Ok(1..) = poll_fn(|cx| self.poll_io(cx, Direction::In)).await {
-            if end <= Instant::now() || self.server.grace_is_over() {
-                break;
-            }
-            future::yield_now().await;
-        }
-    }
-
-    /// Attempts to read or to write until that succeeds or fails, waiting in between. Bytes that are
-    /// there count before any clock does: the client is given up on after one more attempt only.
-    fn poll_io(&mut self, cx: &mut Context<'_>, direction: Direction) -> Poll<Result<usize, Errno>> {
-        let client = self.client;
-        let (mut attempt, mut overdue) = (direction == Direction::Out || self.readable, false);
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Errno>> {
+        let mut overdue = false;
         loop {
-            let mut starved = false;
-            if attempt {
-                match self.attempt(cx, direction) {
-                    Err(Errno::AGAIN | Errno::INTR) => {}
-                    Err(Errno::NOMEM) => starved = true,
-                    Err(Errno::BUSY) => {
-                        // It is the server that keeps the client waiting.
-                        self.deadline = None;
-                        client.due.set(None);
-                        client.starved.set(false);
+            if self.readable || overdue {
+                if !self.lingering && self.server.poll_ready(cx).is_pending() && self.has_sent() {
+                    // It is the server that keeps the client waiting.
+                    self.deadline = None;
+                    return Poll::Pending;
+                }
+                self.readable = false;
+                match self.try_read() {
+                    Err(Errno::AGAIN | Errno::INTR) => self.needs_place = false,
+                    Err(Errno::NOMEM) => {
                         self.readable = true;
-                        return Poll::Pending;
+                        if !mem::replace(&mut self.needs_place, true) {
+                            // It has sent something: from now on it waits for the place.
+                            (self.deadline, overdue) = (None, false);
+                        }
+                    }
+                    // After a failed echo, a reset looks like an end.
+                    Ok(0) if self.gone == Some(Errno::CONNRESET) => {
+                        return Poll::Ready(Err(Errno::CONNRESET));
                     }
                     outcome => {
-                        client.due.set(None);
-                        client.starved.set(false);
+                        (self.needs_place, self.queued) = (false, false);
                         if !self.lingering {
                             self.deadline = None;
                         }
                         return Poll::Ready(outcome);
                     }
                 }
-                if starved && !client.starved.replace(starved) {
-                    // It has sent something: from now on it waits for the memory.
-                    (self.deadline, overdue) = (None, false);
-                }
                 if overdue {
                     return Poll::Ready(Err(Errno::TIMEDOUT));
                 }
-            }
-            client.starved.set(starved);
-            if direction == Direction::In {
                 self.release();
             }
-            if !starved {
-                let io = match &mut self.io {
-                    Some(io) => io,
-                    none => none.insert(Async::new_nonblocking(&client.socket).map_err(errno)?),
-                };
-                let poll_ready =
-                    if direction == Direction::In { Async::poll_readable } else { Async::poll_writable };
-                if let Poll::Ready(result) = poll_ready(io, cx) {
-                    result.map_err(errno)?;
-                    attempt = true;
-                    continue;
-                }
-            }
-            let now = Instant::now();
-            let mut due = self.deadline(direction, now);
-            if due > now {
-                if starved {
-                    due = due.min(now + LOOK_AGAIN);
-                }
-                // After a wait for anything but bytes to read, there may be some.
-                self.readable = starved || direction == Direction::Out;
-                client.task.set(Some(cx.waker().clone()));
-                client.due.set(Some(due));
-                if self.server.next_waking.get().is_none_or(|next| due < next) {
-                    self.server.earlier.wake_all();
-                }
-                return Poll::Pending;
-            }
-            (attempt, overdue) = (true, true);
+            let cause = if self.needs_place { For::Place } else { For::Bytes };
+            overdue = !ready!(self.poll_client(cx, cause))?;
+            self.readable = true;
         }
     }
 
-    fn attempt(&mut self, cx: &mut Context<'_>, direction: Direction) -> Result<usize, Errno> {
-        match direction {
-            Direction::In if self.lingering => self.discard(),
-            Direction::In if self.reserve() => self.try_read(),
-            Direction::In => self.try_read_line(cx),
-            Direction::Out => {
-                let (start, end) = self.unsent;
-                let count = rustix::io::write(&self.client.socket, &self.buffer[start..end])?;
-                self.unsent.0 += count;
-                self.echoed = self.echoed.saturating_add(count);
-                Ok(count)
+    /// Sends back what is marked for it as it came, and forgets it. If that fails, only the echo is
+    /// given up: what else has arrived is received.
+    fn poll_echo(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut overdue = false;
+        while self.unsent > 0 && self.gone.is_none() {
+            match rustix::io::write(self.socket, &self.buffer[..self.unsent]) {
+                Ok(count) => {
+                    self.buffer.drain(..count);
+                    self.unsent -= count;
+                    self.echoed = self.echoed.saturating_add(count);
+                    self.deadline = None;
+                }
+                Err(Errno::AGAIN | Errno::INTR) if overdue => self.gone = Some(Errno::TIMEDOUT),
+                Err(Errno::AGAIN | Errno::INTR) => {
+                    self.release();
+                    // When that is over, there may be bytes to read.
+                    self.readable = true;
+                    match ready!(self.poll_client(cx, For::Room)) {
+                        Ok(in_time) => overdue = !in_time,
+                        Err(error) => self.gone = Some(error),
+                    }
+                }
+                Err(error) => self.gone = Some(error),
             }
         }
+        self.buffer.drain(..mem::take(&mut self.unsent));
+        Poll::Ready(())
     }
 
-    /// When to stop waiting for the client: a timeout after its last byte, or at the end of the
-    /// grace; at once if it is between two lines while the server stops.
-    fn deadline(&mut self, direction: Direction, now: Instant) -> Instant {
-        let deadline = *self.deadline.get_or_insert(now + self.server.options.timeout);
-        match self.server.grace_end.get() {
-            Some(_) if direction == Direction::In && self.is_between_lines() => now,
+    /// Waits for the client. Ready with whether that was in time: bytes that are there count before
+    /// any clock does, so it is given up on after one more attempt only.
+    fn poll_client(&mut self, cx: &mut Context<'_>, cause: For) -> Poll<Result<bool, Errno>> {
+        let (server, descriptor) = (self.server, self.socket.as_raw_fd() as usize);
+        let mut in_time = Poll::Pending;
+        if cause != For::Place {
+            let io = match &mut self.io {
+                Some(io) => io,
+                none => none.insert(Async::new_nonblocking(self.socket).map_err(errno)?),
+            };
+            in_time = if cause == For::Room { io.poll_writable(cx) } else { io.poll_readable(cx) };
+        }
+        let now = Instant::now();
+        let deadline = *self.deadline.get_or_insert(now + server.options.timeout);
+        let deadline = match server.grace_end.get() {
+            // Between two lines, a server that stops waits for nobody.
+            Some(_) if cause == For::Bytes && self.buffer.is_empty() && !self.lingering => now,
             Some(end) => deadline.min(end),
             None => deadline,
+        };
+        let mut waits = server.waits.borrow_mut();
+        if waits.len() <= descriptor {
+            waits.resize_with(descriptor + 1, || None);
         }
+        if in_time.is_ready() || deadline <= now {
+            waits[descriptor] = None;
+            return Poll::Ready(match in_time {
+                Poll::Ready(outcome) => outcome.map(|()| true).map_err(errno),
+                Poll::Pending => Ok(false),
+            });
+        }
+        let for_place = cause == For::Place;
+        let due = if for_place { deadline.min(now + LOOK_AGAIN) } else { deadline };
+        waits[descriptor] = Some(Wait { due, task: cx.waker().clone(), for_place });
+        if server.next_waking.get().is_none_or(|next| due < next) {
+            server.earlier.wake_all();
+        }
+        Poll::Pending
     }
 
-    fn is_between_lines(&self) -> bool {
-        self.buffer.is_empty() && !self.client.starved.get() && !self.lingering
+    /// Whether bytes of the echo may be lost if the socket is closed now: when it is a long one, or
+    /// when the client has sent bytes that nobody reads, which makes the kernel reset the connection.
+    fn must_linger(&mut self) -> bool {
+        if self.received && self.readable {
+            let _ = self.try_read();
+        }
+        self.echoed > LEAVES_AT_ONCE || self.received && !self.buffer.is_empty()
     }
 
-    /// Adds the bytes that are there right now.
+    /// Whether the client has sent what may be a line.
+    fn has_sent(&mut self) -> bool {
+        let look = || net::recv(self.socket, &mut [0][..], RecvFlags::PEEK);
+        // Thousands may be woken for the room of one line: they look once. An end makes a line of
+        // what is there.
+        self.queued = self.queued || look().is_ok_and(|(_, count)| count > 0 || !self.buffer.is_empty());
+        self.queued
+    }
+
+    /// Adds the bytes that are there right now, as far as there is room for them.
     fn try_read(&mut self) -> Result<usize, Errno> {
-        let count = rustix::io::read(&self.client.socket, spare_capacity(&mut self.buffer))?;
+        if !self.reserve() {
+            return self.try_read_rest();
+        }
+        let count = rustix::io::read(self.socket, spare_capacity(&mut self.buffer))?;
         self.readable = self.buffer.len() == self.buffer.capacity();
         Ok(count)
     }
 
-    /// Adds the bytes that are there up to the end of a line, if that is among them and if the line
-    /// goes on at once: then no memory is needed for long. The error is NOMEM if that is not so, and
-    /// BUSY if it is the server that does not take the line.
-    fn try_read_line(&mut self, cx: &mut Context<'_>) -> Result<usize, Errno> {
-        if mem::take(&mut self.queued) && self.server.poll_ready(cx).is_pending() {
-            // Not even a look: thousands may be woken for the room of one line.
-            self.queued = true;
-            return Err(Errno::BUSY);
-        }
+    /// Adds the rest of the line, if it is there and goes on at once: for that no place is needed.
+    /// The error is NOMEM if it is not so.
+    fn try_read_rest(&mut self) -> Result<usize, Errno> {
         let mut chunk = [0; CHUNK];
-        let (_, count) = net::recv(&self.client.socket, &mut chunk[..], RecvFlags::PEEK)?;
+        let (_, count) = net::recv(self.socket, &mut chunk[..], RecvFlags::PEEK)?;
         let length = match chunk[..count].iter().position(|&byte| byte == b'\n') {
             Some(index) => index + 1,
-            None if count == 0 => return Ok(0),
-            None if self.buffer.len() + count > self.server.options.max_line => count,
+            None if count == 0 || self.buffer.len() + count > self.server.options.max_line => count,
             None => return Err(Errno::NOMEM),
         };
-        if self.server.poll_ready(cx).is_pending() {
-            self.queued = true;
-            return Err(Errno::BUSY);
-        }
-        if self.gone.is_none() && !is_writable(self.client.socket.as_fd()) {
+        if self.gone.is_none() && !is_writable(self.socket.as_fd()) {
             return Err(Errno::NOMEM);
         }
-        let length = rustix::io::read(&self.client.socket, &mut chunk[..length])?;
-        self.buffer.reserve_exact(length);
-        self.buffer.extend_from_slice(&chunk[..length]);
+        let count = rustix::io::read(self.socket, &mut chunk[..length])?;
+        self.buffer.extend_from_slice(&chunk[..count]);
         self.readable = true;
-        Ok(length)
+        Ok(count)
     }
 
-    /// Passes over the bytes that are there right now.
-    fn discard(&self) -> Result<usize, Errno> {
-        let mut chunk = [MaybeUninit::uninit(); CHUNK];
-        let (bytes, _) = rustix::io::read(&self.client.socket, &mut chunk)?;
-        Ok(bytes.len())
-    }
-
-    /// Makes room for more bytes: a chunk, or for a longer line up to as much again, never beyond
-    /// the longest line, and no more than there is memory. Returns whether there is room.
+    /// Makes room for more bytes: with a place a chunk, or for a longer line as much again, never
+    /// beyond the longest line; else what is left of the allowance. Returns whether there is any.
     fn reserve(&mut self) -> bool {
-        if self.buffer.is_empty() && self.buffer.capacity() > self.memory.bytes && !self.memory.long {
-            // From a line that went on at once; it does not count, and may not be filled again.
-            self.release();
+        let (server, length) = (self.server, self.buffer.len());
+        if !self.has_place && server.places.get() > 0 {
+            server.places.set(server.places.get() - 1);
+            self.has_place = true;
         }
-        let length = self.buffer.len();
-        if length < self.buffer.capacity() {
-            return true;
+        if self.has_place && self.buffer.capacity() < CHUNK {
+            let mut chunk = server.chunk.take();
+            chunk.reserve_exact(CHUNK);
+            chunk.extend_from_slice(&self.buffer);
+            self.buffer = chunk;
         }
-        let limit = (self.server.options.max_line + 1).max(CHUNK);
-        let wanted = length.max(CHUNK).min(limit - length);
-        let granted = self.memory.extend(&self.server.memory, length, wanted);
-        if granted == CHUNK && length == 0 {
-            self.buffer = self.server.memory.chunk.take();
+        if length == self.buffer.capacity() {
+            let longest = if self.has_place { server.options.max_line + 1 } else { ALLOWANCE };
+            self.buffer.reserve_exact(longest.saturating_sub(length).min(length.max(ALLOWANCE)));
         }
-        self.buffer.reserve_exact(granted);
-        granted > 0
+        length < self.buffer.capacity()
     }
 
-    /// Gives memory back before a wait: an empty buffer whole, what another may hold no more.
+    /// Gives back what it need not hold: the room that is left, and the place if it can do without.
     fn release(&mut self) {
-        if !self.buffer.is_empty() {
-            self.buffer.shrink_to(2 * self.buffer.len());
-        } else if self.buffer.capacity() == CHUNK {
-            self.server.memory.chunk.set(mem::take(&mut self.buffer));
-        } else {
-            self.buffer = Vec::new();
+        if self.buffer.len() > ALLOWANCE {
+            return;
         }
-        if self.memory.shrink_to(&self.server.memory, self.buffer.capacity()) {
-            self.server.wake_a_starved_client();
+        if self.buffer.len() < self.buffer.capacity() {
+            let part = self.buffer.to_vec();
+            let mut chunk = mem::replace(&mut self.buffer, part);
+            if chunk.capacity() == CHUNK {
+                chunk.clear();
+                self.server.chunk.set(chunk);
+            }
+        }
+        if mem::take(&mut self.has_place) {
+            self.server.places.set(self.server.places.get() + 1);
+            self.server.wake_for_place();
         }
     }
 }
@@ -1039,73 +978,6 @@ fn first_line(bytes: &[u8], searched: usize, ended: bool, longest: usize) -> Lin
         None if bytes.len() > longest => Line::TooLong,
         None if ended && !bytes.is_empty() => Line::Whole(bytes.len()),
         None => Line::Partial,
-    }
-}
-
-// ---------------------------------------------------------------- memory for lines
-
-/// Bytes of lines up to a chunk, over all connections.
-const SHORT_LINES: usize = 256 * 1024;
-/// Connections that may hold more than a chunk, up to the longest line.
-const LONG_LINES: usize = 8;
-
-/// Memory for lines that are not yet received or not yet echoed, over all connections. Whoever may
-/// hold more than a chunk can have its whole line: no two wait for each other.
-struct LineMemory {
-    /// Bytes for short lines that nobody holds.
-    short: Cell<usize>,
-    /// Places for long lines that nobody has.
-    long: Cell<usize>,
-    /// A read buffer that nobody uses right now.
-    chunk: Cell<Vec<u8>>,
-}
-
-impl Default for LineMemory {
-    fn default() -> Self {
-        LineMemory { short: Cell::new(SHORT_LINES), long: Cell::new(LONG_LINES), chunk: Cell::default() }
-    }
-}
-
-/// A connection's share of it.
-#[derive(Default)]
-struct Share {
-    /// Bytes held of those for short lines.
-    bytes: usize,
-    /// It has a place for a long line.
-    long: bool,
-}
-
-impl Share {
-    /// Takes more bytes for a buffer of a length, and returns how many there are.
-    fn extend(&mut self, memory: &LineMemory, length: usize, wanted: usize) -> usize {
-        let short = memory.short.get();
-        let granted = wanted.min(short).min(CHUNK.saturating_sub(length));
-        if !self.long && granted > 0 {
-            memory.short.set(short - granted);
-            self.bytes += granted;
-            return granted;
-        }
-        if !self.long && memory.long.get() > 0 {
-            memory.long.set(memory.long.get() - 1);
-            memory.short.set(short + mem::take(&mut self.bytes));
-            self.long = true;
-        }
-        if self.long { wanted } else { 0 }
-    }
-
-    /// Gives back all but so many bytes; returns whether a place for a long line is free again.
-    fn shrink_to(&mut self, memory: &LineMemory, bytes: usize) -> bool {
-        let short = memory.short.get();
-        if !self.long {
-            let bytes = bytes.min(self.bytes);
-            memory.short.set(short + mem::replace(&mut self.bytes, bytes) - bytes);
-        } else if bytes <= short.min(CHUNK) {
-            *self = Share { bytes, long: false };
-            memory.short.set(short - bytes);
-            memory.long.set(memory.long.get() + 1);
-            return true;
-        }
-        false
     }
 }
 
@@ -1148,6 +1020,11 @@ impl<T: AsRef<[u8]>> Subject<T> {
     /// Ready when there is room for an item.
     pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.callers.poll_until(cx, self.is_ready())
+    }
+
+    /// Ready when the subject is complete.
+    pub fn completion(&self) -> impl Future<Output = ()> {
+        self.observer.wait_until(|| self.completed.get())
     }
 
     /// The stream of the items, which ends when the subject is complete.
@@ -1281,7 +1158,11 @@ impl<A: Stream, B: Stream<Item = A::Item>> Stream for Merge<A, B> {
                 if *this.a_turn { this.a.as_mut().poll_next(cx) } else { this.b.as_mut().poll_next(cx) };
             match polled {
                 Poll::Ready(None) => {}
-                Poll::Ready(item) => return Poll::Ready(item),
+                Poll::Ready(item) => {
+                    // While the other has nothing, it is asked every second time.
+                    *this.a_turn ^= !ended;
+                    return Poll::Ready(item);
+                }
                 Poll::Pending => ended = false,
             }
         }
@@ -1353,8 +1234,8 @@ impl<A: Stream, S: Scheduler> Stream for Debounce<A, S> {
 
 // ---------------------------------------------------------------- standard output
 
-/// What a pipe takes whole or not at all (POSIX: PIPE_BUF).
-const AT_ONCE: usize = 4096;
+/// Bytes that a pipe takes whole or not at all (POSIX).
+const PIPE_BUF: usize = 4096;
 
 /// What goes to stdout. Tasks add whole lines; one task writes all that a turn of the executor
 /// has left, so that a batch costs one system call and a lone line still appears at once.
@@ -1374,10 +1255,6 @@ pub struct Transcript {
 }
 
 impl Transcript {
-    fn received(&self, line: &str, peer: &str) {
-        self.remark(&["Received ", line, " from ", peer, "\nSend: ", line]);
-    }
-
     fn event(&self, event: &str) {
         self.line(&[if self.quiet { "" } else { "Observing " }, event]);
     }
@@ -1414,133 +1291,101 @@ impl Transcript {
 
     /// Writes what is added, until the transcript is closed or the output has failed.
     async fn write(&self, mut output: Output) {
+        let mut text = String::new();
         loop {
             self.writer.wait_until(|| self.closing.get() || !self.text.borrow().is_empty()).await;
-            let text = self.text.take();
+            mem::swap(&mut text, &mut self.text.borrow_mut());
             if text.is_empty() {
-                return output.end().await;
+                return;
             }
             self.writing.set(text.len());
             let mut rest = text.as_bytes();
             while !rest.is_empty() {
-                match output.write(batch(rest)).await {
+                match poll_fn(|cx| output.poll_write(cx, rest)).await {
                     Ok(count) => rest = &rest[count..],
                     Err(error) => return self.failed.set(Some(error)),
                 }
             }
+            // Its memory is for the next turn, unless that was an unusual one.
+            text.clear();
+            text.shrink_to(WAITING_TEXT);
             self.writing.set(0);
             self.callers.wake_all();
         }
     }
 }
 
-/// As many whole lines as a pipe takes at once, or a part of one that is longer.
-fn batch(text: &[u8]) -> &[u8] {
-    if text.len() <= AT_ONCE {
-        return text;
+/// A standard stream that is written to without ever blocking.
+struct Output {
+    fd: BorrowedFd<'static>,
+    /// It could not be opened anew, and blocks if it is given more than it takes.
+    blocks: bool,
+    /// The reactor's registration, made once there is something to wait for.
+    io: Option<Async<BorrowedFd<'static>>>,
+}
+
+impl Output {
+    fn to(stream: BorrowedFd<'static>) -> Output {
+        let anew = open_anew(stream);
+        Output { blocks: anew.is_err(), fd: anew.unwrap_or(stream), io: None }
     }
-    let head = &text[..AT_ONCE];
+
+    /// Writes some of the bytes once some can be taken, and returns how many.
+    fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize, Errno>> {
+        loop {
+            let outcome = if !self.blocks {
+                rustix::io::write(self.fd, batch(bytes))
+            } else if is_writable(self.fd) {
+                rustix::io::write(self.fd, if is_terminal(self.fd) { piece(bytes) } else { batch(bytes) })
+            } else {
+                Err(Errno::AGAIN)
+            };
+            match outcome {
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    let io = match &mut self.io {
+                        Some(io) => io,
+                        none => none.insert(Async::new_nonblocking(self.fd).map_err(errno)?),
+                    };
+                    ready!(io.poll_writable(cx)).map_err(errno)?;
+                }
+                outcome => return Poll::Ready(outcome),
+            }
+        }
+    }
+}
+
+/// As many whole lines as a pipe takes at once, or a part of one that is longer. A pipe or socket
+/// that is writable has room for so much.
+fn batch(text: &[u8]) -> &[u8] {
+    let head = &text[..text.len().min(PIPE_BUF)];
     match head.iter().rposition(|&byte| byte == b'\n') {
         Some(index) => &head[..index + 1],
         None => head,
     }
 }
 
-/// A standard stream that is written to without ever blocking.
-struct Output {
-    /// Non-blocking, or a regular file.
-    fd: BorrowedFd<'static>,
-    /// A thread carries on from here what is written.
-    relayed: bool,
-    /// The reactor's registration, made once there is something to wait for.
-    io: Option<Async<BorrowedFd<'static>>>,
-}
-
-impl Output {
-    fn to(stream: BorrowedFd<'static>) -> Result<Output, Errno> {
-        let anew = open_anew(stream);
-        Ok(Output { relayed: anew.is_err(), fd: anew.or_else(|_| relay(stream))?, io: None })
-    }
-
-    /// Writes some of the bytes once some can be taken, and returns how many.
-    fn write(&mut self, bytes: &[u8]) -> impl Future<Output = Result<usize, Errno>> {
-        poll_fn(|cx| {
-            loop {
-                match rustix::io::write(self.fd, bytes) {
-                    Err(Errno::INTR) => {}
-                    Err(Errno::AGAIN) => {
-                        let io = match &mut self.io {
-                            Some(io) => io,
-                            none => none.insert(Async::new_nonblocking(self.fd).map_err(errno)?),
-                        };
-                        ready!(io.poll_writable(cx)).map_err(errno)?;
-                    }
-                    outcome => return Poll::Ready(outcome),
-                }
-            }
-        })
-    }
-
-    /// Returns when all is delivered; where a thread delivers it, that one ends the process.
-    async fn end(self) {
-        if self.relayed {
-            let _ = net::shutdown(self.fd, Shutdown::Write);
-            future::pending().await
-        }
+/// What a terminal surely takes if it is writable: a part of a line, or its ending. (Its buffer grows
+/// by 256 bytes, and may be full before each line's ending.)
+fn piece(text: &[u8]) -> &[u8] {
+    let head = &text[..text.len().min(256)];
+    match head.iter().position(|&byte| byte == b'\n') {
+        Some(index) => &head[..index.max(1)],
+        None => head,
     }
 }
 
 /// Opens the file of a stream once more, non-blocking: making the stream itself so would be felt by
-/// all who share it. A regular file blocks nobody, and has its place to write at in the stream.
+/// all who share it. A regular file blocks nobody, and has its place to write at in the stream. The
+/// error is that it can't be opened: a socket, or a pipe or terminal of another user's.
 fn open_anew(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> {
     if FileType::from_raw_mode(fs::fstat(stream)?.st_mode) == FileType::RegularFile {
         return Ok(stream);
     }
-    let path = if is_stdout(stream) { c"/proc/self/fd/1" } else { c"/proc/self/fd/2" };
+    let is_stdout = stream.as_raw_fd() == stdout().as_raw_fd();
+    let path = if is_stdout { c"/proc/self/fd/1" } else { c"/proc/self/fd/2" };
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     Ok(forever(fs::open(path, flags, Mode::empty())?))
-}
-
-/// A way to a stream that can't be opened anew (a socket, or a pipe or terminal of another user's): a
-/// socket, and at its other end a thread that may block on the stream in our place.
-fn relay(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> {
-    let (near, far) = net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    rustix::io::ioctl_fionbio(&near, true)?;
-    let copy = move || {
-        let outcome = written_out(copy(&far, stream));
-        // The last byte is delivered, or none can be any more. Without stdout that is the end.
-        if is_stdout(stream) {
-            let Err(message) = outcome else { exit(0) };
-            complain(open_anew(stderr()).unwrap_or(stderr()), &message);
-            exit(1);
-        }
-        loop {
-            thread::park();
-        }
-    };
-    thread::Builder::new().spawn(copy).map_err(errno)?;
-    Ok(forever(near))
-}
-
-/// Copies all that comes; returns why it could go no further, if that is so.
-fn copy(from: &OwnedFd, to: BorrowedFd) -> Option<Errno> {
-    let mut chunk = [0; CHUNK];
-    loop {
-        let mut rest = match rustix::io::read(from, &mut chunk) {
-            Ok(0) => return None,
-            Ok(count) => &chunk[..count],
-            Err(_) => &[],
-        };
-        while !rest.is_empty() {
-            match rustix::io::write(to, rest) {
-                Ok(count) => rest = &rest[count..],
-                Err(Errno::INTR) => {}
-                // Somebody else has made it non-blocking.
-                Err(Errno::AGAIN) => drop(poll(&mut [PollFd::new(&to, PollFlags::OUT)], None)),
-                Err(error) => return Some(error),
-            }
-        }
-    }
 }
 
 /// What it means when writing to stdout has come to this end.
@@ -1552,10 +1397,6 @@ fn written_out(failed: Option<Errno>) -> Result<(), String> {
     }
 }
 
-fn is_stdout(stream: BorrowedFd) -> bool {
-    stream.as_raw_fd() == stdout().as_raw_fd()
-}
-
 /// A descriptor that is open for as long as the process lives.
 fn forever(fd: OwnedFd) -> BorrowedFd<'static> {
     let fd: &'static OwnedFd = Box::leak(Box::new(fd));
@@ -1563,7 +1404,7 @@ fn forever(fd: OwnedFd) -> BorrowedFd<'static> {
 }
 
 fn complain(fd: BorrowedFd, sentence: &str) {
-    let _ = rustix::io::write(fd, format!("smolrx: {sentence}\n").as_bytes());
+    let _ = rustix::io::write(fd, ["smolrx: ", sentence, "\n"].concat().as_bytes());
 }
 
 fn is_writable(fd: BorrowedFd) -> bool {
@@ -1673,7 +1514,7 @@ fn reason(error: Errno) -> String {
         Errno::NOBUFS | Errno::NOMEM => "out of memory",
         _ => "unexpected",
     };
-    format!("{words} (error {})", decimal(error.raw_os_error() as u64))
+    [words, " (error ", &decimal(error.raw_os_error() as u64), ")"].concat()
 }
 
 // ---------------------------------------------------------------- the health check
@@ -1681,7 +1522,7 @@ fn reason(error: Errno) -> String {
 /// The abstract Unix socket at which a server is asked by its address and port, by its port, or
 /// without either, which the first server of a network namespace has.
 fn health_name(asked: &str) -> String {
-    format!("smolrx {asked}")
+    ["smolrx ", asked].concat()
 }
 
 /// A datagram socket: to answer takes neither a seat nor a descriptor, and a full server is not ill.
@@ -1709,17 +1550,17 @@ async fn answer_probes(socket: Async<BorrowedFd<'static>>) {
 /// Asks a server here through its socket, and any other as a TCP client that sends nothing and
 /// expects it to close: which proves that it accepts and serves, and is no event. Within two seconds.
 fn probe(asked: Asked) -> Result<(), String> {
-    let server = address_text(asked.address);
     let answer = match ask(&health_name(&asked.by)) {
         Err(Errno::CONNREFUSED) => connect_and_read(asked.address),
         answer => answer,
     };
-    match answer {
-        Ok(0) => Ok(()),
-        Ok(_) => Err(format!("{server} is another server")),
-        Err(Errno::AGAIN | Errno::INPROGRESS) => Err(format!("{server} is not healthy: it does not answer")),
-        Err(error) => Err(format!("{server} is not healthy: {}", reason(error))),
-    }
+    let trouble = match answer {
+        Ok(0) => return Ok(()),
+        Ok(_) => String::from("is another server"),
+        Err(Errno::AGAIN | Errno::INPROGRESS) => String::from("is not healthy: it does not answer"),
+        Err(error) => ["is not healthy: ", &reason(error)].concat(),
+    };
+    Err([&address_text(asked.address), " ", &*trouble].concat())
 }
 
 fn ask(name: &str) -> Result<usize, Errno> {

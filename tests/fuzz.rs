@@ -246,7 +246,8 @@ impl Drop for Bench {
 }
 
 fn start(command: &str) -> &'static Server {
-    match Command::parse(lexopt::Parser::from_iter(command.split(' '))) {
+    match Command::parse(pico_args::Arguments::from_vec(command.split(' ').skip(1).map(Into::into).collect()))
+    {
         Ok(Command::Serve(options)) => Box::leak(Box::new(Server::new(options))),
         _ => panic!("{command} does not serve"),
     }
