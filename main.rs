@@ -29,7 +29,7 @@ use futures_lite::future::{self, FutureExt};
 use futures_lite::stream::{self, Stream, StreamExt};
 use nix::sys::signal::{SIGINT, SIGPIPE, SIGTERM, SIGXFSZ, SigSet};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use pico_args::Arguments;
+use pico_args::{Arguments, Keys};
 use pin_project_lite::pin_project;
 use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -43,26 +43,32 @@ use rustix::stdio::{stderr, stdout};
 use rustix::termios::isatty as is_terminal;
 // libc's `_exit`: the end of the process, and nothing else.
 use signal_hook::low_level::exit;
-use smol::{Async, Task, Timer};
+use smol::{Async, Timer};
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 
 // ---------------------------------------------------------------- the program
 
-/// Ends with `_exit`: nothing is buffered, and so std's clean-up after `main` would do nothing (1.2 kB).
 fn main() -> ! {
     // Blocked, they leave it at an error from `write`, which gets its sentence. Blocking can't fail.
     let _ = SigSet::from_iter([SIGPIPE, SIGXFSZ]).thread_block();
-    let (status, message) = match Command::parse(Arguments::from_env()).map(Command::run) {
-        Ok(Ok(())) => exit(0),
-        Ok(Err(message)) => (1, message),
-        Err(message) => (2, message + "; see smolrx --help"),
-    };
-    // Where writing blocks all the same, a signal must be able to end it.
-    let _ = Signals::mask().thread_unblock();
-    complain(open_anew(stderr()).unwrap_or(stderr()), &message);
-    exit(status)
+    match Command::parse(Arguments::from_env()) {
+        Ok(command) => end(1, command.run()),
+        Err(message) => end(2, Err(message + "; see smolrx --help")),
+    }
+}
+
+/// Ends with a status, and what to say of it. (By `_exit`: nothing is buffered, and so std's clean-up
+/// after `main` would do nothing.)
+fn end(status: i32, outcome: Result<(), String>) -> ! {
+    if let Err(message) = outcome {
+        // Where writing blocks all the same, a signal must be able to end it.
+        let _ = Signals::mask().thread_unblock();
+        complain(open_anew(stderr()).unwrap_or(stderr()), &message);
+        exit(status)
+    }
+    exit(0)
 }
 
 impl Command {
@@ -83,45 +89,41 @@ impl Command {
 /// Tasks that run before the reactor is asked for events again.
 const TASKS_A_TURN: usize = 200;
 
-/// Serves until a signal ends it or stdout fails, the error being the sentence to print.
+/// Serves until a signal or a failing stdout ends the process. Returns only why it could not start.
 fn serve(options: Options) -> Result<(), String> {
     let signals = Signals::block().map_err(|error| failure("wait for signals", error))?;
     let output = Output::to(stdout());
     raise_descriptor_limit();
-    smol::block_on(async {
-        let wanted = options.address;
-        let listener = listen(wanted)
-            .map_err(|error| failure(&["listen on ", &address_text(wanted)].concat(), error))?;
-        let address = local_address(&listener).unwrap_or(wanted);
-        let (address, port) = (address_text(address), decimal(address.port().into()));
-        // Tasks borrow the server for as long as the process lives.
-        let server: &'static Server = Box::leak(Box::new(Server::new(options)));
-        server.transcript.remark(&["Serving on ", &address]);
+    let wanted = options.address;
+    let listener =
+        listen(wanted).map_err(|error| failure(&["listen on ", &address_text(wanted)].concat(), error))?;
+    let address = local_address(&listener).unwrap_or(wanted);
+    let (address, port) = (address_text(address), decimal(address.port().into()));
 
-        server.spawn(server.serve_clients(listener)).detach();
-        server.spawn(server.stop_on_signals(signals)).detach();
-        server.spawn(server.wake_the_overdue()).detach();
-        server.spawn(observe(server)).detach();
-        for name in [health_name(""), health_name(&port), health_name(&address)] {
-            match health_socket(&name) {
-                Ok(socket) => server.spawn(answer_probes(socket)).detach(),
-                // Another server of this network namespace has that name: it is the one to ask.
-                Err(Errno::ADDRINUSE) => {}
-                Err(error) => server.complain(&failure("answer --health", error)),
+    // Tasks borrow the server for as long as the process lives.
+    let server: &'static Server = Box::leak(Box::new(Server::new(options)));
+    server.transcript.remark(&["Serving on ", &address]);
+    server.spawn(server.serve_clients(listener));
+    server.spawn(server.stop_on_signals(signals));
+    server.spawn(server.wake_the_overdue());
+    server.spawn(observe(server));
+    server.spawn(async { end(1, server.transcript.write(output).await) });
+    for asked in ["", &port, &address] {
+        match health_socket(asked) {
+            Ok(socket) => server.spawn(answer_probes(socket)),
+            // Another server of this network namespace has that name: it is the one to ask.
+            Err(Errno::ADDRINUSE) => {}
+            Err(error) => server.complain(&failure("answer --health", error)),
+        }
+    }
+    // What `executor.run` does, without its queues for work stealing (3 kB).
+    smol::block_on(async {
+        loop {
+            server.executor.tick().await;
+            if (1..TASKS_A_TURN).all(|_| server.executor.try_tick()) {
+                future::yield_now().await;
             }
         }
-        let written = server.spawn(server.transcript.write(output));
-        // What `executor.run` does, without its queues for work stealing (3 kB).
-        let run = async {
-            loop {
-                server.executor.tick().await;
-                if (1..TASKS_A_TURN).all(|_| server.executor.try_tick()) {
-                    future::yield_now().await;
-                }
-            }
-        };
-        future::or(written, run).await;
-        written_out(server.transcript.failed.get())
     })
 }
 
@@ -224,8 +226,9 @@ impl Command {
         let max_conns = number(&mut args, "--max-conns", 1, u32::MAX)?.unwrap_or(1024);
         let max_line = number(&mut args, "--max-line", 1, u32::MAX - 1)?.unwrap_or(65_536);
         let timeout = number(&mut args, "--timeout", 1, u32::MAX)?.unwrap_or(60_000);
-        let [keep_open, quiet, health] =
-            [["--keep-open"; 2], ["-q", "--quiet"], ["--health"; 2]].map(|names| has(&mut args, names));
+        let keep_open = has(&mut args, "--keep-open");
+        let quiet = has(&mut args, ["-q", "--quiet"]);
+        let health = has(&mut args, "--health");
         if let Some(word) = args.finish().first() {
             return Err(["unknown option '", &word.to_string_lossy(), "'"].concat());
         }
@@ -256,7 +259,7 @@ impl Command {
 }
 
 /// Whether an option is given.
-fn has(args: &mut Arguments, names: [&'static str; 2]) -> bool {
+fn has(args: &mut Arguments, names: impl Into<Keys> + Copy) -> bool {
     let mut given = false;
     while args.contains(names) {
         given = true;
@@ -462,8 +465,8 @@ impl Server {
     }
 
     /// Starts a task. All are of one type to the executor: each would bring its own code (4 kB).
-    fn spawn(&'static self, future: impl Future<Output = ()> + 'static) -> Task<()> {
-        self.executor.spawn(future.boxed_local())
+    fn spawn(&'static self, future: impl Future<Output = ()> + 'static) {
+        self.executor.spawn(future.boxed_local()).detach();
     }
 
     /// Serves clients until the first signal and until the last one has left, and completes the subject.
@@ -541,7 +544,7 @@ impl Server {
             self.connected.set(self.connected.get() - 1);
             self.departure.wake_all();
         };
-        self.spawn(task).detach();
+        self.spawn(task);
     }
 
     /// Wakes the tasks whose client's time is over, an eighth of the timeout late at most: each of
@@ -596,7 +599,7 @@ impl Server {
     /// A line was received whole.
     fn receive(&self, line: &[u8], from: &str) {
         let text = text_of(line);
-        self.transcript.remark(&["Received ", &text, from, &text]);
+        self.transcript.received(&text, from);
         self.lines.on_next(text);
     }
 
@@ -1246,8 +1249,6 @@ pub struct Transcript {
     /// Bytes that are being written.
     writing: Cell<usize>,
     closing: Cell<bool>,
-    /// Why nothing can be written any more.
-    failed: Cell<Option<Errno>>,
     /// Waits for something to write.
     writer: Waiters,
     /// Wait for room.
@@ -1255,6 +1256,19 @@ pub struct Transcript {
 }
 
 impl Transcript {
+    /// A line, and what stands between its two appearances.
+    fn received(&self, line: &str, from: &str) {
+        if !self.quiet {
+            let mut text = self.text.borrow_mut();
+            text.push_str("Received ");
+            text.push_str(line);
+            text.push_str(from);
+            text.push_str(line);
+            text.push_str("\n");
+            self.writer.wake_all();
+        }
+    }
+
     fn event(&self, event: &str) {
         self.line(&[if self.quiet { "" } else { "Observing " }, event]);
     }
@@ -1289,26 +1303,28 @@ impl Transcript {
         self.writer.wake_all();
     }
 
-    /// Writes what is added, until the transcript is closed or the output has failed.
-    async fn write(&self, mut output: Output) {
+    /// Writes what is added, until the transcript is closed; the error is the sentence to print.
+    async fn write(&self, mut output: Output) -> Result<(), String> {
         let mut text = String::new();
         loop {
             self.writer.wait_until(|| self.closing.get() || !self.text.borrow().is_empty()).await;
             mem::swap(&mut text, &mut self.text.borrow_mut());
             if text.is_empty() {
-                return;
+                return Ok(());
             }
             self.writing.set(text.len());
             let mut rest = text.as_bytes();
             while !rest.is_empty() {
                 match poll_fn(|cx| output.poll_write(cx, rest)).await {
                     Ok(count) => rest = &rest[count..],
-                    Err(error) => return self.failed.set(Some(error)),
+                    // The reader of a closed pipe has seen what it wanted.
+                    Err(Errno::PIPE) => return Ok(()),
+                    Err(error) => return Err(failure("write to stdout", error)),
                 }
             }
             // Its memory is for the next turn, unless that was an unusual one.
             text.clear();
-            text.shrink_to(WAITING_TEXT);
+            text.shrink_to(2 * WAITING_TEXT);
             self.writing.set(0);
             self.callers.wake_all();
         }
@@ -1388,15 +1404,6 @@ fn open_anew(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> 
     Ok(forever(fs::open(path, flags, Mode::empty())?))
 }
 
-/// What it means when writing to stdout has come to this end.
-fn written_out(failed: Option<Errno>) -> Result<(), String> {
-    match failed {
-        // The reader of a closed pipe has seen what it wanted.
-        None | Some(Errno::PIPE) => Ok(()),
-        Some(error) => Err(failure("write to stdout", error)),
-    }
-}
-
 /// A descriptor that is open for as long as the process lives.
 fn forever(fd: OwnedFd) -> BorrowedFd<'static> {
     let fd: &'static OwnedFd = Box::leak(Box::new(fd));
@@ -1416,22 +1423,29 @@ fn is_writable(fd: BorrowedFd) -> bool {
 
 /// A received line as everybody sees it: as text, stripped, escaped.
 pub fn text_of(line: &[u8]) -> String {
-    escaped(String::from_utf8_lossy(line).trim())
+    let words = String::from_utf8_lossy(line);
+    let words = words.trim();
+    // Most lines are what they show.
+    if words.bytes().all(|byte| matches!(byte, b' '..=b'~')) { words.to_owned() } else { escaped(words) }
 }
 
 /// Words so that they stay one line and can't talk to the terminal: what could do either is shown
 /// as Rust writes it, `\u{1b}` for ESC.
 fn escaped(words: &str) -> String {
     let mut text = String::new();
-    let mut start = 0;
-    for (end, character) in words.char_indices() {
-        if is_hostile(character) {
-            text.push_str(&words[start..end]);
-            character.escape_default().for_each(|character| text.push(character));
-            start = end + character.len_utf8();
+    for character in words.chars() {
+        match character {
+            '\t' => text.push_str("\\t"),
+            '\r' => text.push_str("\\r"),
+            '\n' => text.push_str("\\n"),
+            _ if is_hostile(character) => {
+                text.push_str("\\u{");
+                push_number(&mut text, character.into(), 16);
+                text.push('}');
+            }
+            _ => text.push(character),
         }
     }
-    text.push_str(&words[start..]);
     text
 }
 
@@ -1521,15 +1535,15 @@ fn reason(error: Errno) -> String {
 
 /// The abstract Unix socket at which a server is asked by its address and port, by its port, or
 /// without either, which the first server of a network namespace has.
-fn health_name(asked: &str) -> String {
-    ["smolrx ", asked].concat()
+fn health_name(asked: &str) -> Result<SocketAddrUnix, Errno> {
+    SocketAddrUnix::new_abstract_name(["smolrx ", asked].concat().as_bytes())
 }
 
 /// A datagram socket: to answer takes neither a seat nor a descriptor, and a full server is not ill.
-fn health_socket(name: &str) -> Result<Async<BorrowedFd<'static>>, Errno> {
+fn health_socket(asked: &str) -> Result<Async<BorrowedFd<'static>>, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
-    net::bind(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
+    net::bind(&socket, &health_name(asked)?)?;
     Async::new_nonblocking(forever(socket)).map_err(errno)
 }
 
@@ -1550,7 +1564,7 @@ async fn answer_probes(socket: Async<BorrowedFd<'static>>) {
 /// Asks a server here through its socket, and any other as a TCP client that sends nothing and
 /// expects it to close: which proves that it accepts and serves, and is no event. Within two seconds.
 fn probe(asked: Asked) -> Result<(), String> {
-    let answer = match ask(&health_name(&asked.by)) {
+    let answer = match ask(&asked.by) {
         Err(Errno::CONNREFUSED) => connect_and_read(asked.address),
         answer => answer,
     };
@@ -1563,10 +1577,10 @@ fn probe(asked: Asked) -> Result<(), String> {
     Err([&address_text(asked.address), " ", &*trouble].concat())
 }
 
-fn ask(name: &str) -> Result<usize, Errno> {
+fn ask(by: &str) -> Result<usize, Errno> {
     let socket = patient_socket(AddressFamily::UNIX, SocketType::DGRAM)?;
     net::bind(&socket, &SocketAddrUnix::new_unnamed())?; // any name: it needs one to be answered
-    net::connect(&socket, &SocketAddrUnix::new_abstract_name(name.as_bytes())?)?;
+    net::connect(&socket, &health_name(by)?)?;
     net::send(&socket, &[], SendFlags::empty())?;
     rustix::io::read(&socket, &mut [0])
 }
