@@ -64,7 +64,7 @@ fn main() -> ! {
 fn end(status: i32, outcome: Result<(), String>) -> ! {
     if let Err(message) = outcome {
         // Where writing blocks all the same, a signal must be able to end it.
-        let _ = Signals::mask().thread_unblock();
+        let _ = stop_signals().thread_unblock();
         complain(open_anew(stderr()).unwrap_or(stderr()), &message);
         exit(status)
     }
@@ -91,7 +91,7 @@ const TASKS_A_TURN: usize = 200;
 
 /// Serves until a signal or a failing stdout ends the process. Returns only why it could not start.
 fn serve(options: Options) -> Result<(), String> {
-    let signals = Signals::block().map_err(|error| failure("wait for signals", error))?;
+    let signals = block_signals().map_err(|error| failure("wait for signals", error))?;
     let output = Output::to(stdout());
     raise_descriptor_limit();
     let wanted = options.address;
@@ -212,49 +212,41 @@ impl Command {
         if has(&mut args, ["-V", "--version"]) {
             return Ok(Command::Print(concat!("smolrx ", env!("CARGO_PKG_VERSION"), "\n")));
         }
-        let port = number(&mut args, "--tcp-port", 0, 65_535)?;
-        let interval = number(&mut args, "--interval", 10, u32::MAX)?.unwrap_or(60_000);
-        let debounce = number(&mut args, "--debounce", 1, u32::MAX)?.unwrap_or(interval / 10);
-        let max_wait = number(&mut args, "--max-wait", 1, u32::MAX)?;
-        let bind: Option<IpAddr> = match value(&mut args, "--bind")? {
-            Some(typed) => match typed.parse() {
-                Ok(address) => Some(address),
-                Err(_) => return Err(misfit("--bind", "an IPv4 or IPv6 address", &typed)),
-            },
+        let milliseconds = |number: u32| Duration::from_millis(number.into());
+        let bind = match value(&mut args, "--bind")? {
+            Some(typed) => {
+                Some(typed.parse().map_err(|_| misfit("--bind", "an IPv4 or IPv6 address", &typed))?)
+            }
             None => None,
         };
-        let max_conns = number(&mut args, "--max-conns", 1, u32::MAX)?.unwrap_or(1024);
-        let max_line = number(&mut args, "--max-line", 1, u32::MAX - 1)?.unwrap_or(65_536);
-        let timeout = number(&mut args, "--timeout", 1, u32::MAX)?.unwrap_or(60_000);
-        let keep_open = has(&mut args, "--keep-open");
-        let quiet = has(&mut args, ["-q", "--quiet"]);
+        let port = number(&mut args, "--tcp-port", 0, 65_535)?;
+        let ip = bind.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let address = SocketAddr::new(ip, port.unwrap_or(8888) as u16);
+        let interval = number(&mut args, "--interval", 10, u32::MAX)?.unwrap_or(60_000);
+        let options = Options {
+            address,
+            interval: milliseconds(interval),
+            debounce: milliseconds(number(&mut args, "--debounce", 1, u32::MAX)?.unwrap_or(interval / 10)),
+            max_wait: number(&mut args, "--max-wait", 1, u32::MAX)?.map(milliseconds),
+            keep_open: has(&mut args, "--keep-open"),
+            max_conns: number(&mut args, "--max-conns", 1, u32::MAX)?.unwrap_or(1024) as usize,
+            max_line: number(&mut args, "--max-line", 1, u32::MAX - 1)?.unwrap_or(65_536) as usize,
+            timeout: milliseconds(number(&mut args, "--timeout", 1, u32::MAX)?.unwrap_or(60_000)),
+            quiet: has(&mut args, ["-q", "--quiet"]),
+        };
         let health = has(&mut args, "--health");
         if let Some(word) = args.finish().first() {
             return Err(["unknown option '", &word.to_string_lossy(), "'"].concat());
         }
-
-        let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-        let address = SocketAddr::new(bind.unwrap_or(any), port.unwrap_or(8888) as u16);
-        if health {
-            let by = match (bind, port) {
-                (None, None) => String::new(),
-                (None, Some(port)) => decimal(port.into()),
-                _ => address_text(address),
-            };
-            return Ok(Command::Health(Asked { address, by }));
+        if !health {
+            return Ok(Command::Serve(options));
         }
-        let milliseconds = |number: u32| Duration::from_millis(number.into());
-        Ok(Command::Serve(Options {
-            address,
-            interval: milliseconds(interval),
-            debounce: milliseconds(debounce),
-            max_wait: max_wait.map(milliseconds),
-            keep_open,
-            max_conns: max_conns as usize,
-            max_line: max_line as usize,
-            timeout: milliseconds(timeout),
-            quiet,
-        }))
+        let by = match (bind, port) {
+            (None, None) => String::new(),
+            (None, Some(port)) => decimal(port.into()),
+            _ => address_text(address),
+        };
+        Ok(Command::Health(Asked { address, by }))
     }
 }
 
@@ -318,12 +310,6 @@ impl Waiters {
         poll_fn(move |cx| self.poll_until(cx, holds()))
     }
 
-    /// Waits for the next change.
-    fn wait(&self) -> impl Future<Output = ()> {
-        let waited = Cell::new(false);
-        self.wait_until(move || waited.replace(true))
-    }
-
     pub fn wake_all(&self) {
         for task in self.0.borrow_mut().drain(..) {
             task.wake();
@@ -331,30 +317,26 @@ impl Waiters {
     }
 }
 
-/// SIGINT and SIGTERM, as a descriptor to read.
-struct Signals(Async<SignalFd>);
+fn stop_signals() -> SigSet {
+    SigSet::from_iter([SIGINT, SIGTERM])
+}
 
-impl Signals {
-    fn mask() -> SigSet {
-        SigSet::from_iter([SIGINT, SIGTERM])
-    }
+/// SIGINT and SIGTERM, as a descriptor to read. To be called before the first thread is started:
+/// threads inherit what is blocked.
+fn block_signals() -> Result<Async<SignalFd>, Errno> {
+    let _ = stop_signals().thread_block();
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    let signals = SignalFd::with_flags(&stop_signals(), flags).map_err(|error| errno(error.into()))?;
+    Async::new_nonblocking(signals).map_err(errno)
+}
 
-    /// To be called before the first thread is started: threads inherit what is blocked.
-    fn block() -> Result<Signals, Errno> {
-        let _ = Self::mask().thread_block();
-        let signals = SignalFd::with_flags(&Self::mask(), SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-            .map_err(|error| errno(error.into()))?;
-        Ok(Signals(Async::new_nonblocking(signals).map_err(errno)?))
-    }
-
-    /// The number of the next signal.
-    async fn next(&self) -> i32 {
-        loop {
-            if let Ok(Some(signal)) = self.0.get_ref().read_signal() {
-                return signal.ssi_signo as i32;
-            }
-            let _ = poll_fn(|cx| self.0.poll_readable(cx)).await;
+/// The number of the next one.
+async fn next_signal(signals: &Async<SignalFd>) -> i32 {
+    loop {
+        if let Ok(Some(signal)) = signals.get_ref().read_signal() {
+            return signal.ssi_signo as i32;
         }
+        let _ = poll_fn(|cx| signals.poll_readable(cx)).await;
     }
 }
 
@@ -392,10 +374,10 @@ pub struct Server {
     departure: Waiters,
     /// Tasks that wait for their client, by descriptor.
     waits: RefCell<Vec<Option<Wait>>>,
-    /// When the overdue are woken next, if anybody is waited for.
-    next_waking: Cell<Option<Instant>>,
-    /// Waits for a client that is due before that.
-    earlier: Waiters,
+    /// The earliest instant at which one of them is due.
+    next_due: Cell<Option<Instant>>,
+    /// Waits for an earlier one.
+    sweeper: Waiters,
     /// Waits for the signal to stop.
     acceptor: Waiters,
     /// Set by the first signal: when clients are waited for no longer.
@@ -454,8 +436,8 @@ impl Server {
             connected: Cell::default(),
             departure: Waiters::default(),
             waits: RefCell::default(),
-            next_waking: Cell::default(),
-            earlier: Waiters::default(),
+            next_due: Cell::default(),
+            sweeper: Waiters::default(),
             acceptor: Waiters::default(),
             grace_end: Cell::default(),
             places: Cell::new(PLACES),
@@ -478,12 +460,12 @@ impl Server {
     }
 
     /// Stops at the first signal; the second one is the end.
-    async fn stop_on_signals(&self, signals: Signals) {
-        signals.next().await;
+    async fn stop_on_signals(&self, signals: Async<SignalFd>) {
+        next_signal(&signals).await;
         self.grace_end.set(Some(Instant::now() + GRACE));
         self.acceptor.wake_all();
         self.waits.borrow_mut().iter_mut().filter_map(Option::take).for_each(|wait| wait.task.wake());
-        exit(128 + signals.next().await)
+        exit(128 + next_signal(&signals).await)
     }
 
     /// Accepts clients, as many at once as the options allow; once the server stops, those who are
@@ -561,8 +543,8 @@ impl Server {
                     _ => wait.take().into_iter().for_each(|wait| wait.task.wake()),
                 }
             }
-            self.next_waking.set(next);
-            let earlier = self.earlier.wait();
+            self.next_due.set(next);
+            let earlier = self.sweeper.wait_until(|| self.next_due.get() != next);
             match next {
                 Some(next) => future::or(sleep(next.max(now + pause) - now), earlier).await,
                 None => earlier.await,
@@ -871,8 +853,9 @@ impl<'a> Connection<'a> {
         let for_place = cause == For::Place;
         let due = if for_place { deadline.min(now + LOOK_AGAIN) } else { deadline };
         waits[descriptor] = Some(Wait { due, task: cx.waker().clone(), for_place });
-        if server.next_waking.get().is_none_or(|next| due < next) {
-            server.earlier.wake_all();
+        if server.next_due.get().is_none_or(|next| due < next) {
+            server.next_due.set(Some(due));
+            server.sweeper.wake_all();
         }
         Poll::Pending
     }
