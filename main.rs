@@ -942,8 +942,11 @@ impl<'a> Connection<'a> {
             }
         }
         if mem::take(&mut self.has_place) {
-            self.server.places.set(self.server.places.get() + 1);
-            self.server.wake_for_place();
+            let places = self.server.places.get();
+            self.server.places.set(places + 1);
+            if places == 0 {
+                self.server.wake_for_place();
+            }
         }
     }
 }
@@ -1247,7 +1250,7 @@ impl Transcript {
             text.push_str(line);
             text.push_str(from);
             text.push_str(line);
-            text.push_str("\n");
+            text.push('\n');
             self.writer.wake_all();
         }
     }
