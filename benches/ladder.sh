@@ -30,6 +30,7 @@ rung "strip" "$(set_to strip=true)"
 rung "standard library rebuilt" -Zbuild-std=std,panic_abort
 rung "standard library optimized for size" -Zbuild-std-features=optimize_for_size
 rung "panic immediate-abort" -Zpanic-immediate-abort "$(set_to 'panic="immediate-abort"')"
+rung "standard library at opt-level 2" "$(set_to package.std.opt-level=2)"
 target=$(uname -m)-unknown-linux-musl
 rung "static on musl"
 

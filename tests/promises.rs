@@ -956,6 +956,59 @@ fn text_that_waits_takes_bounded_memory() {
     assert!(observed(&exit.stdout) == [&on_screen]);
 }
 
+/// Last lines without a newline whose clients leave while nobody reads the transcript wait without being read, all of
+/// them, and are all there when somebody does.
+#[test]
+fn last_lines_at_a_stalled_stdout_take_bounded_memory() {
+    raise_descriptor_limit();
+    let mut server = Server::start(&CALM);
+    server.stdout.pause();
+    let filler = "\x7f".repeat(65_535) + "\n";
+    let lines: Vec<String> = (0..1000).map(|i| format!("{i:0>4}{}", "\x7f".repeat(990))).collect();
+    let mut clients = in_bounded_memory(&server, "1,000 last lines", || {
+        let mut fillers: Vec<Client> = (0..3).map(|_| server.connect()).collect();
+        fillers.iter_mut().for_each(|client| client.send(&filler));
+        thread::sleep(ms(300));
+        let mut clients: Vec<Client> = (0..1000).map(|_| server.connect()).collect();
+        for (client, line) in clients.iter_mut().zip(&lines) {
+            client.send(&line[..500]);
+        }
+        thread::sleep(ms(300));
+        for (client, line) in clients.iter_mut().zip(&lines) {
+            client.send(&line[500..]);
+            client.finish();
+        }
+        thread::sleep(ms(1000));
+        is_healthy(server.address.port());
+        server.stdout.resume();
+        for (client, line) in clients.iter_mut().zip(&lines) {
+            assert!(client.rest() == line.as_bytes(), "the echo differs");
+        }
+        clients
+    });
+    let exit = server.stop();
+    for (client, line) in clients.drain(..).zip(&lines) {
+        assert!(received_from(&exit.stdout, client.port()) == [&shown(line.as_bytes())]);
+    }
+}
+
+/// Eight clients who don't take their echo keep nobody else's line from being served, if it comes in one piece.
+#[test]
+fn lines_are_served_beside_clients_that_take_nothing() {
+    let mut server = Server::start(&calm(&["--keep-open"]));
+    let mut takers: Vec<Flood> = (0..12).map(|_| Flood::new(server.connect(), false)).collect();
+    Flood::pump_until_stalled(&mut takers, ms(500));
+    for length in [10, 900, 3000, 4096] {
+        let line = line_of(length);
+        let start = Instant::now();
+        server.echo(&line);
+        assert!(start.elapsed() < ms(1100), "{length} bytes took {:?}", start.elapsed());
+    }
+    drop(takers);
+    server.echo(&line_of(60_000));
+    server.stop();
+}
+
 // -------------------------------------------------------------------- health
 
 /// A server whose seats are all taken is busy, not ill; one that does not run is ill.

@@ -296,6 +296,14 @@ fn values_beyond_the_ends_of_their_range() {
     }
 }
 
+/// An option may be given twice; the last value counts.
+#[test]
+fn last_value_counts() {
+    let twice = ["--keep-open", "--keep-open", "--interval", "99999", "--debounce=1", "--interval=10"];
+    let server = Server::start(&twice);
+    server.stdout.wait_for("Observing 3");
+}
+
 /// An option that is not even text is refused like any other.
 #[test]
 fn option_that_is_not_utf8_is_refused() {
