@@ -538,9 +538,10 @@ impl Server {
             let now = Instant::now();
             let mut next = None;
             for wait in self.waits.borrow_mut().iter_mut() {
-                match wait {
-                    Some(Wait { due, .. }) if *due > now => next = next.into_iter().chain(Some(*due)).min(),
-                    _ => wait.take().into_iter().for_each(|wait| wait.task.wake()),
+                if let Some(wait) = wait.take_if(|wait| wait.due <= now) {
+                    wait.task.wake();
+                } else if let Some(Wait { due, .. }) = wait {
+                    next = Some(next.map_or(*due, |next: Instant| next.min(*due)));
                 }
             }
             self.next_due.set(next);
@@ -614,7 +615,7 @@ struct Connection<'a> {
     socket: &'a TcpStream,
     peer: SocketAddr,
     /// The reactor's registration, made once there is something to wait for: often there is not.
-    io: Option<Async<&'a TcpStream>>,
+    io: Option<Async<BorrowedFd<'a>>>,
     /// Bytes received and not yet echoed.
     buffer: Vec<u8>,
     /// So many of them are received lines, to be echoed.
@@ -827,7 +828,7 @@ impl<'a> Connection<'a> {
         if cause != For::Place {
             let io = match &mut self.io {
                 Some(io) => io,
-                none => none.insert(Async::new_nonblocking(self.socket).map_err(errno)?),
+                none => none.insert(Async::new_nonblocking(self.socket.as_fd()).map_err(errno)?),
             };
             in_time = if cause == For::Room { io.poll_writable(cx) } else { io.poll_readable(cx) };
         }
@@ -840,8 +841,8 @@ impl<'a> Connection<'a> {
             None => deadline,
         };
         let mut waits = server.waits.borrow_mut();
-        if waits.len() <= descriptor {
-            waits.resize_with(descriptor + 1, || None);
+        while waits.len() <= descriptor {
+            waits.push(None);
         }
         if in_time.is_ready() || deadline <= now {
             waits[descriptor] = None;
