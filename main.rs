@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Read from the top, this file follows one line from the socket to the screen: the program and its
-//! pipeline, the options, what tasks wait for, the server, a connection, its memory, the subject, the
+//! pipeline, the options, what tasks wait for, the server, a connection, the subject, the
 //! operators, standard output, text, and the health check.
 
 #![forbid(unsafe_code)]
@@ -40,7 +40,7 @@ use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAdd
 use rustix::net::{SocketFlags, SocketType};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::stdio::{stderr, stdout};
-use rustix::termios::isatty as is_terminal;
+use rustix::termios::isatty;
 // libc's `_exit`: the end of the process, and nothing else.
 use signal_hook::low_level::exit;
 use smol::{Async, Timer};
@@ -63,9 +63,7 @@ fn main() -> ! {
 /// after `main` would do nothing.)
 fn end(status: i32, outcome: Result<(), String>) -> ! {
     if let Err(message) = outcome {
-        // Where writing blocks all the same, a signal must be able to end it.
-        let _ = stop_signals().thread_unblock();
-        complain(open_anew(stderr()).unwrap_or(stderr()), &message);
+        Output::to(stderr()).complain(&message);
         exit(status)
     }
     exit(0)
@@ -113,7 +111,7 @@ fn serve(options: Options) -> Result<(), String> {
             Ok(socket) => server.spawn(answer_probes(socket)),
             // Another server of this network namespace has that name: it is the one to ask.
             Err(Errno::ADDRINUSE) => {}
-            Err(error) => server.complain(&failure("answer --health", error)),
+            Err(error) => server.stderr.complain(&failure("answer --health", error)),
         }
     }
     // What `executor.run` does, without its queues for work stealing (3 kB).
@@ -367,7 +365,7 @@ pub struct Server {
     pub lines: Subject<String>,
     pub transcript: Transcript,
     /// Where sentences go; opened at the start, as later there may be no descriptor for it.
-    stderr: BorrowedFd<'static>,
+    stderr: Output,
     /// Clients that are connected.
     pub connected: Cell<usize>,
     /// Wait until a client has left.
@@ -432,7 +430,7 @@ impl Server {
             options,
             executor: StaticLocalExecutor::new(),
             lines: Subject::default(),
-            stderr: open_anew(stderr()).unwrap_or(stderr()),
+            stderr: Output::to(stderr()),
             connected: Cell::default(),
             departure: Waiters::default(),
             waits: RefCell::default(),
@@ -510,7 +508,7 @@ impl Server {
                 Err(error) => {
                     if warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
                         warned = Some(Instant::now());
-                        self.complain(&[&failure("accept", error), "; trying again"].concat());
+                        self.stderr.complain(&[&failure("accept", error), "; trying again"].concat());
                     }
                     sleep(BACK_OFF).await;
                 }
@@ -584,13 +582,6 @@ impl Server {
         let text = text_of(line);
         self.transcript.received(&text, from);
         self.lines.on_next(text);
-    }
-
-    /// Prints a sentence on stderr, unless it would have to wait.
-    fn complain(&self, sentence: &str) {
-        if is_writable(self.stderr) {
-            complain(self.stderr, sentence);
-        }
     }
 }
 
@@ -739,7 +730,7 @@ impl<'a> Connection<'a> {
                 Line::TooLong => {
                     let (peer, longest) = (address_text(self.peer), decimal(options.max_line as u64));
                     let sentence = ["line from ", &peer, " is longer than ", &longest, " bytes"];
-                    self.server.complain(&sentence.concat());
+                    self.server.stderr.complain(&sentence.concat());
                     self.buffer.truncate(self.unsent);
                     return false;
                 }
@@ -1003,13 +994,9 @@ impl<T: AsRef<[u8]>> Subject<T> {
         self.observer.wake_all();
     }
 
-    fn is_ready(&self) -> bool {
-        self.bytes.get() < WAITING_TEXT
-    }
-
     /// Ready when there is room for an item.
     pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.callers.poll_until(cx, self.is_ready())
+        self.callers.poll_until(cx, self.bytes.get() < WAITING_TEXT)
     }
 
     /// Ready when the subject is complete.
@@ -1275,13 +1262,9 @@ impl Transcript {
         self.writer.wake_all();
     }
 
-    fn is_ready(&self) -> bool {
-        self.text.borrow().len() + self.writing.get() < WAITING_TEXT
-    }
-
     /// Ready when there is room for a line.
     fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.callers.poll_until(cx, self.is_ready())
+        self.callers.poll_until(cx, self.text.borrow().len() + self.writing.get() < WAITING_TEXT)
     }
 
     /// Lets `write` end once all is written.
@@ -1333,17 +1316,18 @@ impl Output {
         Output { blocks: anew.is_err(), fd: anew.unwrap_or(stream), io: None }
     }
 
+    /// Writes as many of the bytes as go at once.
+    fn try_write(&self, bytes: &[u8]) -> Result<usize, Errno> {
+        if self.blocks && !is_writable(self.fd) {
+            return Err(Errno::AGAIN);
+        }
+        rustix::io::write(self.fd, if self.blocks && isatty(self.fd) { piece(bytes) } else { batch(bytes) })
+    }
+
     /// Writes some of the bytes once some can be taken, and returns how many.
     fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<Result<usize, Errno>> {
         loop {
-            let outcome = if !self.blocks {
-                rustix::io::write(self.fd, batch(bytes))
-            } else if is_writable(self.fd) {
-                rustix::io::write(self.fd, if is_terminal(self.fd) { piece(bytes) } else { batch(bytes) })
-            } else {
-                Err(Errno::AGAIN)
-            };
-            match outcome {
+            match self.try_write(bytes) {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     let io = match &mut self.io {
@@ -1354,6 +1338,15 @@ impl Output {
                 }
                 outcome => return Poll::Ready(outcome),
             }
+        }
+    }
+
+    /// Prints a sentence, as far as it need not wait for that.
+    fn complain(&self, sentence: &str) {
+        let text = ["smolrx: ", sentence, "\n"].concat();
+        let mut rest = text.as_bytes();
+        while let Ok(count @ 1..) = self.try_write(rest) {
+            rest = &rest[count..];
         }
     }
 }
@@ -1395,10 +1388,6 @@ fn open_anew(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> 
 fn forever(fd: OwnedFd) -> BorrowedFd<'static> {
     let fd: &'static OwnedFd = Box::leak(Box::new(fd));
     fd.as_fd()
-}
-
-fn complain(fd: BorrowedFd, sentence: &str) {
-    let _ = rustix::io::write(fd, ["smolrx: ", sentence, "\n"].concat().as_bytes());
 }
 
 fn is_writable(fd: BorrowedFd) -> bool {

@@ -1005,7 +1005,7 @@ fn lines_are_served_beside_clients_that_take_nothing() {
         assert!(start.elapsed() < ms(1100), "{length} bytes took {:?}", start.elapsed());
     }
     drop(takers);
-    server.echo(&line_of(60_000));
+    server.echo(line_of(60_000));
     server.stop();
 }
 
