@@ -382,6 +382,8 @@ pub struct Server {
     grace_end: Cell<Option<Instant>>,
     /// Places for long lines that nobody has.
     places: Cell<usize>,
+    /// Somebody may be waiting for one.
+    is_place_wanted: Cell<bool>,
     /// The descriptor at which the turn of those who wait for a place begins.
     turn: Cell<usize>,
     /// The read buffer, while nobody uses it.
@@ -439,6 +441,7 @@ impl Server {
             acceptor: Waiters::default(),
             grace_end: Cell::default(),
             places: Cell::new(PLACES),
+            is_place_wanted: Cell::default(),
             turn: Cell::default(),
             chunk: Cell::default(),
         }
@@ -553,6 +556,9 @@ impl Server {
 
     /// Wakes the next client that waits for a place; they take turns.
     fn wake_for_place(&self) {
+        if !self.is_place_wanted.get() {
+            return;
+        }
         let mut waits = self.waits.borrow_mut();
         let (turn, length) = (self.turn.get(), waits.len());
         for descriptor in (turn..turn + length).map(|i| i % length) {
@@ -561,6 +567,7 @@ impl Server {
                 return wait.task.wake();
             }
         }
+        self.is_place_wanted.set(false);
     }
 
     fn is_stopping(&self) -> bool {
@@ -845,6 +852,7 @@ impl<'a> Connection<'a> {
         let for_place = cause == For::Place;
         let due = if for_place { deadline.min(now + LOOK_AGAIN) } else { deadline };
         waits[descriptor] = Some(Wait { due, task: cx.waker().clone(), for_place });
+        server.is_place_wanted.set(server.is_place_wanted.get() | for_place);
         if server.next_due.get().is_none_or(|next| due < next) {
             server.next_due.set(Some(due));
             server.sweeper.wake_all();
@@ -934,11 +942,8 @@ impl<'a> Connection<'a> {
             }
         }
         if mem::take(&mut self.has_place) {
-            let places = self.server.places.get();
-            self.server.places.set(places + 1);
-            if places == 0 {
-                self.server.wake_for_place();
-            }
+            self.server.places.set(self.server.places.get() + 1);
+            self.server.wake_for_place();
         }
     }
 }
