@@ -13,9 +13,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::convert::Infallible;
+use std::env;
+use std::ffi::OsString;
 use std::future::{Future, poll_fn};
-use std::io;
+use std::io::{self, IoSlice};
 use std::mem;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -29,18 +30,17 @@ use futures_lite::future::{self, FutureExt};
 use futures_lite::stream::{self, Stream, StreamExt};
 use nix::sys::signal::{SIGINT, SIGPIPE, SIGTERM, SIGXFSZ, SigSet};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use pico_args::{Arguments, Keys};
 use pin_project_lite::pin_project;
 use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{self, FileType, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, pwritev2};
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrAny, SocketAddrUnix};
 use rustix::net::{SocketFlags, SocketType};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, getsid, setrlimit};
 use rustix::stdio::{stderr, stdout};
-use rustix::termios::isatty;
+use rustix::termios::tcgetsid;
 // libc's `_exit`: the end of the process, and nothing else.
 use signal_hook::low_level::exit;
 use smol::{Async, Timer};
@@ -53,7 +53,7 @@ compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 fn main() -> ! {
     // Blocked, they leave it at an error from `write`, which gets its sentence. Blocking can't fail.
     let _ = SigSet::from_iter([SIGPIPE, SIGXFSZ]).thread_block();
-    match Command::parse(Arguments::from_env()) {
+    match Command::parse(Arguments::new(env::args_os().skip(1))) {
         Ok(command) => end(1, command.run()),
         Err(message) => end(2, Err(message + "; see smolrx --help")),
     }
@@ -204,37 +204,37 @@ pub struct Asked {
 impl Command {
     /// The error is a sentence that names the option as it was typed.
     pub fn parse(mut args: Arguments) -> Result<Command, String> {
-        if has(&mut args, ["-h", "--help"]) {
+        if args.has(["-h", "--help"]) {
             return Ok(Command::Print(HELP));
         }
-        if has(&mut args, ["-V", "--version"]) {
+        if args.has(["-V", "--version"]) {
             return Ok(Command::Print(concat!("smolrx ", env!("CARGO_PKG_VERSION"), "\n")));
         }
         let milliseconds = |number: u32| Duration::from_millis(number.into());
-        let bind = match value(&mut args, "--bind")? {
+        let bind = match args.value("--bind")? {
             Some(typed) => {
                 Some(typed.parse().map_err(|_| misfit("--bind", "an IPv4 or IPv6 address", &typed))?)
             }
             None => None,
         };
-        let port = number(&mut args, "--tcp-port", 0, 65_535)?;
+        let port = args.number("--tcp-port", 0, 65_535)?;
         let ip = bind.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let address = SocketAddr::new(ip, port.unwrap_or(8888) as u16);
-        let interval = number(&mut args, "--interval", 10, u32::MAX)?.unwrap_or(60_000);
+        let interval = args.number("--interval", 10, u32::MAX)?.unwrap_or(60_000);
         let options = Options {
             address,
             interval: milliseconds(interval),
-            debounce: milliseconds(number(&mut args, "--debounce", 1, u32::MAX)?.unwrap_or(interval / 10)),
-            max_wait: number(&mut args, "--max-wait", 1, u32::MAX)?.map(milliseconds),
-            keep_open: has(&mut args, "--keep-open"),
-            max_conns: number(&mut args, "--max-conns", 1, u32::MAX)?.unwrap_or(1024) as usize,
-            max_line: number(&mut args, "--max-line", 1, u32::MAX - 1)?.unwrap_or(65_536) as usize,
-            timeout: milliseconds(number(&mut args, "--timeout", 1, u32::MAX)?.unwrap_or(60_000)),
-            quiet: has(&mut args, ["-q", "--quiet"]),
+            debounce: milliseconds(args.number("--debounce", 1, u32::MAX)?.unwrap_or(interval / 10)),
+            max_wait: args.number("--max-wait", 1, u32::MAX)?.map(milliseconds),
+            keep_open: args.has(["--keep-open"; 2]),
+            max_conns: args.number("--max-conns", 1, u32::MAX)?.unwrap_or(1024) as usize,
+            max_line: args.number("--max-line", 1, u32::MAX - 1)?.unwrap_or(65_536) as usize,
+            timeout: milliseconds(args.number("--timeout", 1, u32::MAX)?.unwrap_or(60_000)),
+            quiet: args.has(["-q", "--quiet"]),
         };
-        let health = has(&mut args, "--health");
-        if let Some(word) = args.finish().first() {
-            return Err(["unknown option '", &word.to_string_lossy(), "'"].concat());
+        let health = args.has(["--health"; 2]);
+        if let Some(word) = args.0.iter().flatten().next() {
+            return Err(["unknown option '", word, "'"].concat());
         }
         if !health {
             return Ok(Command::Serve(options));
@@ -248,35 +248,45 @@ impl Command {
     }
 }
 
-/// Whether an option is given.
-fn has(args: &mut Arguments, names: impl Into<Keys> + Copy) -> bool {
-    let mut given = false;
-    while args.contains(names) {
-        given = true;
-    }
-    given
-}
+/// The words of the command line, and a gap for each that has been understood.
+pub struct Arguments(Vec<Option<String>>);
 
-/// What follows an option, if it is given; of several the last.
-fn value(args: &mut Arguments, option: &'static str) -> Result<Option<String>, String> {
-    let mut last = None;
-    loop {
-        match args.opt_value_from_fn(option, |typed| Ok::<_, Infallible>(String::from(typed))) {
-            Ok(None) => return Ok(last),
-            Ok(typed) => last = typed,
-            Err(_) => return Err(["option '", option, "' needs a value, in UTF-8"].concat()),
+impl Arguments {
+    pub fn new(words: impl Iterator<Item = OsString>) -> Arguments {
+        Arguments(words.map(|word| Some(word.to_string_lossy().into_owned())).collect())
+    }
+
+    /// Whether an option is given, by either name.
+    fn has(&mut self, names: [&str; 2]) -> bool {
+        let given = |word: &&mut Option<String>| word.as_deref().is_some_and(|word| names.contains(&word));
+        self.0.iter_mut().filter(given).filter_map(Option::take).count() > 0
+    }
+
+    /// What follows an option, if it is given; of several the last.
+    fn value(&mut self, option: &str) -> Result<Option<String>, String> {
+        let mut last = None;
+        for i in 0..self.0.len() {
+            let rest = self.0[i].as_deref().and_then(|word| word.strip_prefix(option));
+            let value = match rest {
+                Some("") => self.0.get_mut(i + 1).and_then(Option::take),
+                Some(rest) if rest.starts_with('=') => Some(rest[1..].to_owned()),
+                _ => continue,
+            };
+            last = Some(value.ok_or_else(|| ["option '", option, "' needs a value"].concat())?);
+            self.0[i] = None;
         }
+        Ok(last)
     }
-}
 
-/// The whole number that follows an option, if it is given.
-fn number(args: &mut Arguments, option: &'static str, min: u32, max: u32) -> Result<Option<u32>, String> {
-    let Some(typed) = value(args, option)? else { return Ok(None) };
-    match typed.parse() {
-        Ok(number) if (min..=max).contains(&number) => Ok(Some(number)),
-        _ => {
-            let wanted = ["a whole number from ", &decimal(min.into()), " to ", &decimal(max.into())];
-            Err(misfit(option, &wanted.concat(), &typed))
+    /// The whole number that follows an option, if it is given.
+    fn number(&mut self, option: &str, min: u32, max: u32) -> Result<Option<u32>, String> {
+        let Some(typed) = self.value(option)? else { return Ok(None) };
+        match typed.parse() {
+            Ok(number) if (min..=max).contains(&number) => Ok(Some(number)),
+            _ => {
+                let wanted = ["a whole number from ", &decimal(min.into()), " to ", &decimal(max.into())];
+                Err(misfit(option, &wanted.concat(), &typed))
+            }
         }
     }
 }
@@ -578,6 +588,10 @@ impl Server {
         self.grace_end.get().is_some_and(|end| end <= Instant::now())
     }
 
+    fn is_ready(&self) -> bool {
+        self.transcript.is_ready() && self.lines.is_ready()
+    }
+
     /// Ready when transcript and subject take more: back-pressure instead of memory.
     fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
         ready!(self.transcript.poll_ready(cx));
@@ -597,7 +611,7 @@ impl Server {
 /// Bytes that are read at once, unless a longer line is under way.
 const CHUNK: usize = 4096;
 /// Bytes of lines that are not yet received or not yet echoed: so many each connection may hold.
-const ALLOWANCE: usize = 1024;
+const ALLOWANCE: usize = 512;
 /// Connections that may hold more: a line of any length, so that no two wait for each other.
 const PLACES: usize = 8;
 /// When a client that waits for a place looks again.
@@ -630,6 +644,8 @@ struct Connection<'a> {
     readable: bool,
     /// Its bytes are known to wait until the server takes lines.
     queued: bool,
+    /// There are whole lines in the buffer that the server did not take.
+    lines_left: bool,
     /// It has one of the places.
     has_place: bool,
     /// It has bytes to read and nowhere to put them.
@@ -664,6 +680,7 @@ impl<'a> Connection<'a> {
             gone: None,
             readable: true,
             queued: false,
+            lines_left: false,
             has_place: false,
             needs_place: false,
             received: false,
@@ -675,15 +692,19 @@ impl<'a> Connection<'a> {
     async fn converse(&mut self) {
         let (mut goes_on, mut ended) = (true, false);
         while goes_on {
-            match poll_fn(|cx| self.poll_read(cx)).await {
-                Ok(count) => ended = count == 0,
-                // It was reset, or waited for long enough: an unfinished line is no line.
-                Err(_) => break,
+            if mem::take(&mut self.lines_left) {
+                poll_fn(|cx| self.server.poll_ready(cx)).await;
+            } else {
+                match poll_fn(|cx| self.poll_read(cx)).await {
+                    Ok(count) => ended = count == 0,
+                    // It was reset, or waited for long enough: an unfinished line is no line.
+                    Err(_) => break,
+                }
             }
             goes_on = self.receive_lines(ended);
             poll_fn(|cx| self.poll_echo(cx)).await;
             self.release();
-            goes_on = goes_on && !self.server.grace_is_over();
+            goes_on = self.lines_left || goes_on && !self.server.grace_is_over();
             if goes_on && self.readable {
                 // A client that never stops sending must not starve the others.
                 future::yield_now().await;
@@ -697,6 +718,7 @@ impl<'a> Connection<'a> {
             self.deadline = Some(end);
             while self.lingering {
                 self.buffer.clear();
+                self.release();
                 self.lingering = matches!(poll_fn(|cx| self.poll_read(cx)).await, Ok(1..))
                     && Instant::now() < end
                     && !self.server.grace_is_over();
@@ -710,14 +732,18 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Hands on the whole lines at the start of the buffer and marks them for the echo. Returns
-    /// whether the conversation goes on.
+    /// Hands on the whole lines at the start of the buffer, as far as the server takes them, and
+    /// marks them for the echo. Returns whether the conversation goes on.
     fn receive_lines(&mut self, ended: bool) -> bool {
         let options = &self.server.options;
         let mut from = String::new();
         loop {
             let rest = &self.buffer[self.unsent..];
             match first_line(rest, self.searched, ended, options.max_line) {
+                Line::Whole(_) if self.unsent > 0 && !self.server.is_ready() => {
+                    self.lines_left = true;
+                    return true;
+                }
                 Line::Whole(length) => {
                     if from.is_empty() {
                         from = [" from ", &address_text(self.peer), "\nSend: "].concat();
@@ -751,10 +777,10 @@ impl<'a> Connection<'a> {
         let mut overdue = false;
         loop {
             if self.readable || overdue {
-                if !self.lingering && self.server.poll_ready(cx).is_pending() && self.has_sent() {
+                if !self.lingering && !self.server.is_ready() && self.has_sent() {
                     // It is the server that keeps the client waiting.
                     self.deadline = None;
-                    return Poll::Pending;
+                    ready!(self.server.poll_ready(cx));
                 }
                 self.readable = false;
                 match self.try_read() {
@@ -893,12 +919,15 @@ impl<'a> Connection<'a> {
     fn try_read_rest(&mut self) -> Result<usize, Errno> {
         let mut chunk = [0; CHUNK];
         let (_, count) = net::recv(self.socket, &mut chunk[..], RecvFlags::PEEK)?;
+        let state = poll_now(self.socket.as_fd(), PollFlags::OUT | PollFlags::RDHUP);
         let length = match chunk[..count].iter().position(|&byte| byte == b'\n') {
             Some(index) => index + 1,
-            None if count == 0 || self.buffer.len() + count > self.server.options.max_line => count,
+            None if state.contains(PollFlags::HUP) => return Err(Errno::CONNRESET),
+            None if count < CHUNK && state.contains(PollFlags::RDHUP) => count,
+            None if self.buffer.len() + count > self.server.options.max_line => count,
             None => return Err(Errno::NOMEM),
         };
-        if self.gone.is_none() && !is_writable(self.socket.as_fd()) {
+        if self.gone.is_none() && !state.contains(PollFlags::OUT) {
             return Err(Errno::NOMEM);
         }
         let count = rustix::io::read(self.socket, &mut chunk[..length])?;
@@ -999,9 +1028,13 @@ impl<T: AsRef<[u8]>> Subject<T> {
         self.observer.wake_all();
     }
 
+    fn is_ready(&self) -> bool {
+        self.bytes.get() < WAITING_TEXT
+    }
+
     /// Ready when there is room for an item.
     pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.callers.poll_until(cx, self.bytes.get() < WAITING_TEXT)
+        self.callers.poll_until(cx, self.is_ready())
     }
 
     /// Ready when the subject is complete.
@@ -1267,9 +1300,13 @@ impl Transcript {
         self.writer.wake_all();
     }
 
+    fn is_ready(&self) -> bool {
+        self.text.borrow().len() + self.writing.get() < WAITING_TEXT
+    }
+
     /// Ready when there is room for a line.
     fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.callers.poll_until(cx, self.text.borrow().len() + self.writing.get() < WAITING_TEXT)
+        self.callers.poll_until(cx, self.is_ready())
     }
 
     /// Lets `write` end once all is written.
@@ -1323,10 +1360,20 @@ impl Output {
 
     /// Writes as many of the bytes as go at once.
     fn try_write(&self, bytes: &[u8]) -> Result<usize, Errno> {
-        if self.blocks && !is_writable(self.fd) {
-            return Err(Errno::AGAIN);
+        if !self.blocks {
+            return rustix::io::write(self.fd, batch(bytes));
         }
-        rustix::io::write(self.fd, if self.blocks && isatty(self.fd) { piece(bytes) } else { batch(bytes) })
+        let here = u64::MAX; // as the system call says it, of what has no positions
+        match pwritev2(self.fd, &[IoSlice::new(batch(bytes))], here, ReadWriteFlags::NOWAIT) {
+            // A terminal, or Linux before 6.5.
+            Err(Errno::OPNOTSUPP) => {}
+            outcome => return outcome,
+        }
+        match poll_now(self.fd, PollFlags::OUT) {
+            PollFlags::OUT => rustix::io::write(self.fd, piece(bytes)),
+            flags if flags.is_empty() => Err(Errno::AGAIN),
+            _ => rustix::io::write(self.fd, piece(bytes)), // an error, which it tells
+        }
     }
 
     /// Writes some of the bytes once some can be taken, and returns how many.
@@ -1356,8 +1403,7 @@ impl Output {
     }
 }
 
-/// As many whole lines as a pipe takes at once, or a part of one that is longer. A pipe or socket
-/// that is writable has room for so much.
+/// As many whole lines as a pipe takes whole or not at all, or a part of one that is longer.
 fn batch(text: &[u8]) -> &[u8] {
     let head = &text[..text.len().min(PIPE_BUF)];
     match head.iter().rposition(|&byte| byte == b'\n') {
@@ -1378,7 +1424,8 @@ fn piece(text: &[u8]) -> &[u8] {
 
 /// Opens the file of a stream once more, non-blocking: making the stream itself so would be felt by
 /// all who share it. A regular file blocks nobody, and has its place to write at in the stream. The
-/// error is that it can't be opened: a socket, or a pipe or terminal of another user's.
+/// error is that it can't be opened: a socket, or a pipe or terminal of another user's, unless that
+/// is the terminal which controls us.
 fn open_anew(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> {
     if FileType::from_raw_mode(fs::fstat(stream)?.st_mode) == FileType::RegularFile {
         return Ok(stream);
@@ -1386,7 +1433,11 @@ fn open_anew(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> 
     let is_stdout = stream.as_raw_fd() == stdout().as_raw_fd();
     let path = if is_stdout { c"/proc/self/fd/1" } else { c"/proc/self/fd/2" };
     let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    Ok(forever(fs::open(path, flags, Mode::empty())?))
+    let anew = fs::open(path, flags, Mode::empty()).or_else(|error| {
+        let controls = tcgetsid(stream)? == getsid(None)?;
+        if controls { fs::open(c"/dev/tty", flags, Mode::empty()) } else { Err(error) }
+    });
+    Ok(forever(anew?))
 }
 
 /// A descriptor that is open for as long as the process lives.
@@ -1395,9 +1446,11 @@ fn forever(fd: OwnedFd) -> BorrowedFd<'static> {
     fd.as_fd()
 }
 
-fn is_writable(fd: BorrowedFd) -> bool {
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut [PollFd::new(&fd, PollFlags::OUT)], Some(&now)) == Ok(1)
+/// What a descriptor is ready for right now, of what is asked, and whether it is at its end.
+fn poll_now(fd: BorrowedFd, wanted: PollFlags) -> PollFlags {
+    let mut fds = [PollFd::new(&fd, wanted)];
+    let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+    fds[0].revents()
 }
 
 // ---------------------------------------------------------------- text
@@ -1427,6 +1480,7 @@ fn escaped(words: &str) -> String {
             _ => text.push(character),
         }
     }
+    text.shrink_to_fit();
     text
 }
 

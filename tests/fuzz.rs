@@ -23,6 +23,7 @@ mod smolrx;
 use std::any::Any;
 use std::array;
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fmt::{self, Display};
 use std::fs;
 use std::io::{self, ErrorKind, PipeReader, Read, Write};
@@ -40,7 +41,7 @@ use common::{CLOSE, conversation, setting, shown};
 use futures_lite::{FutureExt, StreamExt, future};
 use rustix::net::sockopt::set_socket_send_buffer_size;
 use rustix::stdio::{dup2_stderr, stderr};
-use smolrx::{Command, Server};
+use smolrx::{Arguments, Command, Server};
 
 const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus");
 
@@ -246,8 +247,7 @@ impl Drop for Bench {
 }
 
 fn start(command: &str) -> &'static Server {
-    match Command::parse(pico_args::Arguments::from_vec(command.split(' ').skip(1).map(Into::into).collect()))
-    {
+    match Command::parse(Arguments::new(command.split(' ').skip(1).map(OsString::from))) {
         Ok(Command::Serve(options)) => Box::leak(Box::new(Server::new(options))),
         _ => panic!("{command} does not serve"),
     }

@@ -1009,6 +1009,56 @@ fn lines_are_served_beside_clients_that_take_nothing() {
     server.stop();
 }
 
+/// Clients that come and leave without a word while nobody reads the transcript leave nothing behind.
+#[test]
+fn clients_that_say_nothing_at_a_stalled_stdout_leave_nothing() {
+    let mut server = Server::start(&CALM);
+    server.stdout.pause();
+    let filler = "\x7f".repeat(65_535) + "\n";
+    let mut fillers: Vec<Client> = (0..3).map(|_| server.connect()).collect();
+    fillers.iter_mut().for_each(|client| client.send(&filler));
+    thread::sleep(ms(300));
+    let before = server.memory_kb();
+    for _ in 0..10_000 {
+        let mut client = server.connect();
+        client.finish();
+        assert!(client.rest().is_empty());
+    }
+    let after = server.memory_kb();
+    assert!(after < before + 200, "{before} kB before, {after} kB after");
+    server.stdout.resume();
+    server.stop();
+}
+
+/// Beside eight clients that hold the room for long lines: a last line that its client's end completes is served, and
+/// who is reset while waiting for such room gives its seat free.
+#[test]
+fn clients_beside_long_lines_end_at_once() {
+    let mut server = Server::start(&calm(&["--max-conns", "40"]));
+    let hold = |length| {
+        let mut client = server.connect();
+        client.send("h".repeat(length));
+        client
+    };
+    let holders: Vec<Client> = (0..8).map(|_| hold(6000)).collect();
+    thread::sleep(ms(300));
+    for length in [500, 513, 1500, 4000] {
+        let start = Instant::now();
+        let mut client = hold(length);
+        client.finish();
+        assert_eq!(client.rest().len(), length);
+        assert!(start.elapsed() < ms(1100), "{length} bytes took {:?}", start.elapsed());
+    }
+    let waiting: Vec<Client> = (0..32).map(|_| hold(3000)).collect();
+    thread::sleep(ms(300));
+    waiting.into_iter().for_each(Client::reset);
+    let start = Instant::now();
+    server.echo("short\n");
+    assert!(start.elapsed() < ms(1100), "a seat was free after {:?}", start.elapsed());
+    holders.into_iter().for_each(Client::reset);
+    server.stop();
+}
+
 // -------------------------------------------------------------------- health
 
 /// A server whose seats are all taken is busy, not ill; one that does not run is ill.

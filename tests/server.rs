@@ -222,6 +222,9 @@ fn wrong_options_are_named_as_typed() {
         (&["--max-line", "-5"], "--max-line"),
         (&["--timeout", "soon"], "--timeout"),
         (&["--tcp-port", "0", "--Interval", "50"], "--Interval"),
+        (&["--bind", "--tcp-port", "0", "127.0.0.1"], "--bind"),
+        (&["--interval", "--tcp-port", "0", "1000"], "--interval"),
+        (&["--interval", "50", "", "--tcp-port", "0"], "''"),
     ];
     for (options, name) in cases {
         let exit = run(options);
