@@ -1365,15 +1365,15 @@ impl Output {
         }
         let here = u64::MAX; // as the system call says it, of what has no positions
         match pwritev2(self.fd, &[IoSlice::new(batch(bytes))], here, ReadWriteFlags::NOWAIT) {
-            // A terminal, or Linux before 6.5.
-            Err(Errno::OPNOTSUPP) => {}
+            // A terminal, or Linux before 6.5, or an emulator of it.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
             outcome => return outcome,
         }
-        match poll_now(self.fd, PollFlags::OUT) {
-            PollFlags::OUT => rustix::io::write(self.fd, piece(bytes)),
-            flags if flags.is_empty() => Err(Errno::AGAIN),
-            _ => rustix::io::write(self.fd, piece(bytes)), // an error, which it tells
+        // Ready for an error, too, which `write` then tells.
+        if poll_now(self.fd, PollFlags::OUT).is_empty() {
+            return Err(Errno::AGAIN);
         }
+        rustix::io::write(self.fd, piece(bytes))
     }
 
     /// Writes some of the bytes once some can be taken, and returns how many.
