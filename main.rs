@@ -611,7 +611,7 @@ impl Server {
 /// Bytes that are read at once, unless a longer line is under way.
 const CHUNK: usize = 4096;
 /// Bytes of lines that are not yet received or not yet echoed: so many each connection may hold.
-const ALLOWANCE: usize = 512;
+const ALLOWANCE: usize = 256;
 /// Connections that may hold more: a line of any length, so that no two wait for each other.
 const PLACES: usize = 8;
 /// When a client that waits for a place looks again.
