@@ -212,7 +212,7 @@ thousand_clients() {
 
 # NAME [OPTION]...: all seats but one are taken by clients that each hold a line as long as may be, all but its end.
 hostile_clients() {
-  local name=$1 unfinished socket sockets=()
+  local name=$1 unfinished socket status sockets=()
   start "$name" "${small[@]}" -- "${@:2}"
   port=$(port "$name")
   set +x
@@ -233,7 +233,11 @@ hostile_clients() {
     is_alive "$name"
     sleep 0.2
   done
-  "$docker" exec "$(id "$name")" /smolrx --health
+  # What podman itself needs to start a probe in there, some 2 MB, is that probe's end now and then (137, by the limit):
+  # then a container beside it asks, in the same network namespace.
+  status=0
+  "$docker" exec "$(id "$name")" /smolrx --health || status=$?
+  if [ "$status" = 137 ]; then "$docker" run --rm --network "container:$(id "$name")" "$image" --health; else [ "$status" = 0 ]; fi
   is_alive "$name"
 }
 
