@@ -51,20 +51,21 @@ compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 // ---------------------------------------------------------------- the program
 
 fn main() -> ! {
-    // Blocked, they leave it at an error from `write`, which gets its sentence. Blocking can't fail.
+    // Blocked, these signals kill nobody: `write` fails instead, with EPIPE (a silent end) or EFBIG (a
+    // sentence). Blocking can't fail.
     let _ = SigSet::from_iter([SIGPIPE, SIGXFSZ]).thread_block();
     match Command::parse(Arguments::new(env::args_os().skip(1))) {
-        Ok(command) => end(1, command.run()),
-        Err(message) => end(2, Err(message + "; see smolrx --help")),
+        Ok(command) => finish(command.run(), 1),
+        Err(message) => finish(Err(message + "; see smolrx --help"), 2),
     }
 }
 
-/// Ends with a status, and what to say of it. (By `_exit`: nothing is buffered, and so std's clean-up
-/// after `main` would do nothing.)
-fn end(status: i32, outcome: Result<(), String>) -> ! {
+/// Ends the process: with 0, or if it failed with that status, after its sentence. (By `_exit`: nothing
+/// is buffered, and so std's clean-up after `main` would do nothing.)
+fn finish(outcome: Result<(), String>, status_if_failed: i32) -> ! {
     if let Err(message) = outcome {
         Output::to(stderr()).complain(&message);
-        exit(status)
+        exit(status_if_failed)
     }
     exit(0)
 }
@@ -103,9 +104,9 @@ fn serve(options: Options) -> Result<(), String> {
     server.transcript.remark(&["Serving on ", &address]);
     server.spawn(server.serve_clients(listener));
     server.spawn(server.stop_on_signals(signals));
-    server.spawn(server.wake_the_overdue());
+    server.spawn(server.wake_the_due());
     server.spawn(observe(server));
-    server.spawn(async { end(1, server.transcript.write(output).await) });
+    server.spawn(async { finish(server.transcript.write(output).await, 1) });
     for asked in ["", &port, &address] {
         match health_socket(asked) {
             Ok(socket) => server.spawn(answer_probes(socket)),
@@ -202,7 +203,7 @@ pub struct Asked {
 }
 
 impl Command {
-    /// The error is a sentence that names the option as it was typed.
+    /// The error is a sentence that names the option, and the value as it was typed.
     pub fn parse(mut args: Arguments) -> Result<Command, String> {
         if args.has(["-h", "--help"]) {
             return Ok(Command::Print(HELP));
@@ -234,7 +235,7 @@ impl Command {
         };
         let health = args.has(["--health"; 2]);
         if let Some(word) = args.0.iter().flatten().next() {
-            return Err(["unknown option '", word, "'"].concat());
+            return Err(["unexpected argument '", word, "'"].concat());
         }
         if !health {
             return Ok(Command::Serve(options));
@@ -248,7 +249,7 @@ impl Command {
     }
 }
 
-/// The words of the command line, and a gap for each that has been understood.
+/// The words of the command line; each becomes None once it is understood.
 pub struct Arguments(Vec<Option<String>>);
 
 impl Arguments {
@@ -256,13 +257,13 @@ impl Arguments {
         Arguments(words.map(|word| Some(word.to_string_lossy().into_owned())).collect())
     }
 
-    /// Whether an option is given, by either name.
+    /// Whether an option is given, by either of its names (one that has one name repeats it).
     fn has(&mut self, names: [&str; 2]) -> bool {
         let given = |word: &&mut Option<String>| word.as_deref().is_some_and(|word| names.contains(&word));
         self.0.iter_mut().filter(given).filter_map(Option::take).count() > 0
     }
 
-    /// What follows an option, if it is given; of several the last.
+    /// The value of an option, `--option VALUE` or `--option=VALUE`, if it is given; of several the last.
     fn value(&mut self, option: &str) -> Result<Option<String>, String> {
         let mut last = None;
         for i in 0..self.0.len() {
@@ -380,17 +381,17 @@ pub struct Server {
     pub connected: Cell<usize>,
     /// Wait until a client has left.
     departure: Waiters,
-    /// Tasks that wait for their client, by descriptor.
+    /// Tasks of connections that wait, by descriptor.
     waits: RefCell<Vec<Option<Wait>>>,
-    /// The earliest instant at which one of them is due.
+    /// No later than the earliest instant at which one of them is due.
     next_due: Cell<Option<Instant>>,
-    /// Waits for an earlier one.
+    /// `wake_the_due`, which waits for an earlier one.
     sweeper: Waiters,
     /// Waits for the signal to stop.
     acceptor: Waiters,
     /// Set by the first signal: when clients are waited for no longer.
     grace_end: Cell<Option<Instant>>,
-    /// Places for long lines that nobody has.
+    /// Free ones of the `PLACES`: who has one may hold a whole line, others `ALLOWANCE` bytes.
     places: Cell<usize>,
     /// Somebody may be waiting for one.
     is_place_wanted: Cell<bool>,
@@ -400,13 +401,20 @@ pub struct Server {
     chunk: Cell<Vec<u8>>,
 }
 
-/// A task that waits for its client.
+/// A task that waits for its client, or for a place.
 struct Wait {
     /// When to wake it in any case.
     due: Instant,
     task: Waker,
     /// Bytes are there, and what it waits for is a place to put them.
     for_place: bool,
+}
+
+/// Raises the soft limit of descriptors to the hard one: a connection is a descriptor.
+fn raise_descriptor_limit() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    // What can't be raised stays, and `accept` says when it is too little.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 /// Listens on an address. Connections inherit its options, which so cost no call for each.
@@ -540,10 +548,10 @@ impl Server {
         self.spawn(task);
     }
 
-    /// Wakes the tasks whose client's time is over, an eighth of the timeout late at most: each of
-    /// them tries once more and then judges. One timer serves all, and none while nobody is waited
-    /// for; never returns.
-    async fn wake_the_overdue(&self) {
+    /// Wakes the tasks whose `due` has come, late by an eighth of the timeout and `LOOK_AGAIN` at most:
+    /// each of them tries once more, and then judges if its client's time is over. One timer serves all,
+    /// and none while nobody is waited for; never returns.
+    async fn wake_the_due(&self) {
         let pause = LOOK_AGAIN.min(self.options.timeout / 8);
         loop {
             let now = Instant::now();
@@ -610,9 +618,10 @@ impl Server {
 
 /// Bytes that are read at once, unless a longer line is under way.
 const CHUNK: usize = 4096;
-/// Bytes of lines that are not yet received or not yet echoed: so many each connection may hold.
+/// Bytes that each connection may hold, of a line that is not yet whole or an echo that is not yet taken.
 const ALLOWANCE: usize = 256;
-/// Connections that may hold more: a line of any length, so that no two wait for each other.
+/// So many connections at once may hold more, up to a whole line: as none of them needs another place,
+/// no two wait for each other.
 const PLACES: usize = 8;
 /// When a client that waits for a place looks again.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -642,9 +651,9 @@ struct Connection<'a> {
     gone: Option<Errno>,
     /// There may be bytes to read right now.
     readable: bool,
-    /// Its bytes are known to wait until the server takes lines.
+    /// `has_sent` is known: its bytes wait until the server takes lines.
     queued: bool,
-    /// There are whole lines in the buffer that the server did not take.
+    /// The next line is whole, but the server took no more.
     lines_left: bool,
     /// It has one of the places.
     has_place: bool,
@@ -914,8 +923,8 @@ impl<'a> Connection<'a> {
         Ok(count)
     }
 
-    /// Adds the rest of the line, if it is there and goes on at once: for that no place is needed.
-    /// The error is NOMEM if it is not so.
+    /// Without a place: adds the rest of the line, if all of it has arrived and its echo can leave at
+    /// once. The error is else NOMEM, which here says that it needs a place, and CONNRESET after a reset.
     fn try_read_rest(&mut self) -> Result<usize, Errno> {
         let mut chunk = [0; CHUNK];
         let (_, count) = net::recv(self.socket, &mut chunk[..], RecvFlags::PEEK)?;
@@ -936,8 +945,9 @@ impl<'a> Connection<'a> {
         Ok(count)
     }
 
-    /// Makes room for more bytes: with a place a chunk, or for a longer line as much again, never
-    /// beyond the longest line; else what is left of the allowance. Returns whether there is any.
+    /// Makes room for more bytes: with a place a chunk, or for a longer line as much again, up to one
+    /// byte beyond the longest, which shows that a line is too long; else what is left of the
+    /// allowance. Returns whether there is any.
     fn reserve(&mut self) -> bool {
         let (server, length) = (self.server, self.buffer.len());
         if !self.has_place && server.places.get() > 0 {
@@ -1016,7 +1026,7 @@ pub struct Subject<T> {
 }
 
 impl<T: AsRef<[u8]>> Subject<T> {
-    /// Callers wait before, until it is ready.
+    /// To be called when it is ready; this does not check.
     pub fn on_next(&self, item: T) {
         self.bytes.set(self.bytes.get() + weight(&item));
         self.items.borrow_mut().push_back(item);
@@ -1057,7 +1067,7 @@ impl<T: AsRef<[u8]>> Subject<T> {
     }
 }
 
-/// The bytes that an item counts for: its own, and those of a place in the queue.
+/// The bytes that an item counts for: its own, and those of its entry in the queue.
 fn weight<T: AsRef<[u8]>>(item: &T) -> usize {
     item.as_ref().len() + size_of::<T>()
 }
@@ -1074,7 +1084,7 @@ pub trait Scheduler: Clone {
     fn at(&self, due: Instant) -> Self::Timer;
 }
 
-/// The time of the clock on the wall.
+/// Real time: the system's monotonic clock, which nobody sets.
 #[derive(Clone)]
 struct Realtime;
 
@@ -1132,7 +1142,7 @@ pub trait RxExt: Stream + Sized {
     /// ```text
     /// source              1-2---3-4-5-6-7----|
     /// debounce(3)         -----2-----------7-|
-    /// debounce(3, 5)      -----2----5----7---|
+    /// debounce(3, 5)      -----2-----5-----7-|
     /// ```
     ///
     /// When the source ends, the item that is pending comes at once (RxPY's `debounce`). Rx has no
@@ -1174,7 +1184,7 @@ impl<A: Stream, B: Stream<Item = A::Item>> Stream for Merge<A, B> {
             match polled {
                 Poll::Ready(None) => {}
                 Poll::Ready(item) => {
-                    // While the other has nothing, it is asked every second time.
+                    // The other has nothing: it is asked at every second item only.
                     *this.a_turn ^= !ended;
                     return Poll::Ready(item);
                 }
@@ -1249,7 +1259,7 @@ impl<A: Stream, S: Scheduler> Stream for Debounce<A, S> {
 
 // ---------------------------------------------------------------- standard output
 
-/// Bytes that a pipe takes whole or not at all (POSIX).
+/// Bytes that a pipe takes whole or not at all (POSIX's PIPE_BUF, as it is on Linux).
 const PIPE_BUF: usize = 4096;
 
 /// What goes to stdout. Tasks add whole lines; one task writes all that a turn of the executor
@@ -1343,10 +1353,10 @@ impl Transcript {
     }
 }
 
-/// A standard stream that is written to without ever blocking.
+/// A standard stream, written to without blocking wherever the kernel allows it.
 struct Output {
     fd: BorrowedFd<'static>,
-    /// It could not be opened anew, and blocks if it is given more than it takes.
+    /// It could not be opened anew, so that it blocks if it is given more than it takes.
     blocks: bool,
     /// The reactor's registration, made once there is something to wait for.
     io: Option<Async<BorrowedFd<'static>>>,
@@ -1363,13 +1373,13 @@ impl Output {
         if !self.blocks {
             return rustix::io::write(self.fd, batch(bytes));
         }
-        let here = u64::MAX; // as the system call says it, of what has no positions
-        match pwritev2(self.fd, &[IoSlice::new(batch(bytes))], here, ReadWriteFlags::NOWAIT) {
+        let current_position = u64::MAX; // its -1: where the stream stands, as for `write`
+        match pwritev2(self.fd, &[IoSlice::new(batch(bytes))], current_position, ReadWriteFlags::NOWAIT) {
             // A terminal, or Linux before 6.5, or an emulator of it.
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
             outcome => return outcome,
         }
-        // Ready for an error, too, which `write` then tells.
+        // Room for a piece, or an error, which `write` then reports.
         if poll_now(self.fd, PollFlags::OUT).is_empty() {
             return Err(Errno::AGAIN);
         }
@@ -1393,7 +1403,7 @@ impl Output {
         }
     }
 
-    /// Prints a sentence, as far as it need not wait for that.
+    /// Prints a sentence, as far as that goes without waiting.
     fn complain(&self, sentence: &str) {
         let text = ["smolrx: ", sentence, "\n"].concat();
         let mut rest = text.as_bytes();
@@ -1412,8 +1422,8 @@ fn batch(text: &[u8]) -> &[u8] {
     }
 }
 
-/// What a terminal surely takes if it is writable: a part of a line, or its ending. (Its buffer grows
-/// by 256 bytes, and may be full before each line's ending.)
+/// What a terminal surely takes if it is writable (so do pipes and sockets): a part of a line, or its
+/// ending. Its buffer grows by 256 bytes, and of an ending, which goes alone, it makes two.
 fn piece(text: &[u8]) -> &[u8] {
     let head = &text[..text.len().min(256)];
     match head.iter().position(|&byte| byte == b'\n') {
@@ -1422,10 +1432,10 @@ fn piece(text: &[u8]) -> &[u8] {
     }
 }
 
-/// Opens the file of a stream once more, non-blocking: making the stream itself so would be felt by
-/// all who share it. A regular file blocks nobody, and has its place to write at in the stream. The
-/// error is that it can't be opened: a socket, or a pipe or terminal of another user's, unless that
-/// is the terminal which controls us.
+/// Opens the file of a stream once more, non-blocking: O_NONBLOCK on the stream itself would be felt by
+/// all who share it. Another user's terminal is refused through /proc, but if it is the one that
+/// controls us, `/dev/tty` opens it. A regular file is used as it is: it blocks nobody, and its position
+/// belongs to the stream. Fails for a socket, and for another user's pipe or other terminal.
 fn open_anew(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> {
     if FileType::from_raw_mode(fs::fstat(stream)?.st_mode) == FileType::RegularFile {
         return Ok(stream);
@@ -1639,11 +1649,4 @@ fn patient_socket(family: AddressFamily, kind: SocketType) -> Result<OwnedFd, Er
         sockopt::set_socket_timeout(&socket, limit, Some(Duration::from_secs(1)))?;
     }
     Ok(socket)
-}
-
-/// Raises the soft limit of descriptors to the hard one: a connection is a descriptor.
-fn raise_descriptor_limit() {
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    // What can't be raised stays, and `accept` says when it is too little.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
