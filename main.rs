@@ -14,10 +14,9 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::env;
-use std::ffi::OsString;
 use std::future::{Future, poll_fn};
 use std::io::{self, IoSlice};
-use std::mem;
+use std::mem::{self, MaybeUninit};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::{Pin, pin};
@@ -31,7 +30,6 @@ use futures_lite::stream::{self, Stream, StreamExt};
 use nix::sys::signal::{SIGINT, SIGPIPE, SIGTERM, SIGXFSZ, SigSet};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pin_project_lite::pin_project;
-use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{self, FileType, Mode, OFlags};
 use rustix::io::{Errno, ReadWriteFlags, pwritev2};
@@ -54,10 +52,15 @@ fn main() -> ! {
     // Blocked, these signals kill nobody: `write` fails instead, with EPIPE (a silent end) or EFBIG (a
     // sentence). Blocking can't fail.
     let _ = SigSet::from_iter([SIGPIPE, SIGXFSZ]).thread_block();
-    match Command::parse(Arguments::new(env::args_os().skip(1))) {
-        Ok(command) => finish(command.run(), 1),
+    let words = env::args_os().skip(1).map(|word| Some(word.to_string_lossy().into_owned()));
+    let outcome = match Command::parse(Arguments(words.collect())) {
+        Ok(Command::Serve(options)) => serve(options),
+        Ok(Command::Health(address, name)) => probe(address, &name),
+        // Whoever closes the pipe has read enough.
+        Ok(Command::Print(text)) => rustix::io::write(stdout(), text.as_bytes()).map(drop).or(Ok(())),
         Err(message) => finish(Err(message + "; see smolrx --help"), 2),
-    }
+    };
+    finish(outcome, 1)
 }
 
 /// Ends the process: with 0, or if it failed with that status, after its sentence. (By `_exit`: nothing
@@ -70,21 +73,6 @@ fn finish(outcome: Result<(), String>, status_if_failed: i32) -> ! {
     exit(0)
 }
 
-impl Command {
-    /// The error is a sentence for the person at the terminal.
-    fn run(self) -> Result<(), String> {
-        match self {
-            Command::Serve(options) => serve(options),
-            Command::Health(address) => probe(address),
-            Command::Print(text) => {
-                // Whoever closes the pipe has read enough.
-                let _ = rustix::io::write(stdout(), text.as_bytes());
-                Ok(())
-            }
-        }
-    }
-}
-
 /// Tasks that run before the reactor is asked for events again.
 const TASKS_A_TURN: usize = 200;
 
@@ -92,23 +80,25 @@ const TASKS_A_TURN: usize = 200;
 fn serve(options: Options) -> Result<(), String> {
     let signals = block_signals().map_err(|error| failure("wait for signals", error))?;
     let output = Output::to(stdout());
-    raise_descriptor_limit();
+    // A connection is a descriptor. What can't be raised stays, and `accept` says when it is too little.
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     let wanted = options.address;
     let listener =
         listen(wanted).map_err(|error| failure(&["listen on ", &address_text(wanted)].concat(), error))?;
-    let address = local_address(&listener).unwrap_or(wanted);
+    let address = net::getsockname(&listener).ok().and_then(|own| own.try_into().ok()).unwrap_or(wanted);
     let (address, port) = (address_text(address), decimal(address.port().into()));
 
     // Tasks borrow the server for as long as the process lives.
     let server: &'static Server = Box::leak(Box::new(Server::new(options)));
-    server.transcript.remark(&["Serving on ", &address]);
+    server.remark(&["Serving on ", &address]);
     server.spawn(server.serve_clients(listener));
     server.spawn(server.stop_on_signals(signals));
-    server.spawn(server.wake_the_due());
+    server.spawn(server.waits.wake_the_due(LOOK_AGAIN.min(server.options.timeout / 8)));
     server.spawn(observe(server));
     server.spawn(async { finish(server.transcript.write(output).await, 1) });
-    for asked in ["", &port, &address] {
-        match health_socket(asked) {
+    for name in ["", &port, &address] {
+        match health_socket(name) {
             Ok(socket) => server.spawn(answer_probes(socket)),
             // Another server of this network namespace has that name: it is the one to ask.
             Err(Errno::ADDRINUSE) => {}
@@ -130,13 +120,13 @@ fn serve(options: Options) -> Result<(), String> {
 ///
 /// It goes on until the server has served its last client and nothing is pending.
 async fn observe(server: &'static Server) {
-    let Options { interval, debounce, max_wait, .. } = server.options;
+    let Options { interval, debounce, max_wait, quiet, .. } = server.options;
     let clock = timer(Realtime, Duration::ZERO, interval).map(decimal);
     let clock = stream::stop_after_future(clock, server.lines.completion());
     let mut events = pin!(server.lines.observe().merge(clock).debounce(Realtime, debounce, max_wait));
     while let Some(event) = events.next().await {
         poll_fn(|cx| server.transcript.poll_ready(cx)).await;
-        server.transcript.event(&event);
+        server.transcript.line(&[if quiet { "" } else { "Observing " }, &event]);
     }
     server.transcript.close();
 }
@@ -174,32 +164,22 @@ A TCP server whose lines become a debounced event stream.
 /// What the command line asks for.
 pub enum Command {
     Serve(Options),
-    Health(Asked),
+    /// Whose health: an address, and what of it was given: address and port, the port, or nothing.
+    Health(SocketAddr, String),
     Print(&'static str),
 }
 
+/// As `HELP` describes them.
 pub struct Options {
     address: SocketAddr,
-    /// Period of the clock.
     interval: Duration,
-    /// Silence that ends a burst.
     debounce: Duration,
-    /// Longest time for which a burst holds an event back.
     max_wait: Option<Duration>,
     keep_open: bool,
     max_conns: usize,
-    /// Longest line in bytes, its ending included.
     max_line: usize,
-    /// How long a connection may neither send nor take a byte.
     timeout: Duration,
     quiet: bool,
-}
-
-/// Whose health is asked for.
-pub struct Asked {
-    address: SocketAddr,
-    /// What was given: address and port, the port, or nothing.
-    by: String,
 }
 
 impl Command {
@@ -212,15 +192,12 @@ impl Command {
             return Ok(Command::Print(concat!("smolrx ", env!("CARGO_PKG_VERSION"), "\n")));
         }
         let milliseconds = |number: u32| Duration::from_millis(number.into());
-        let bind = match args.value("--bind")? {
-            Some(typed) => {
-                Some(typed.parse().map_err(|_| misfit("--bind", "an IPv4 or IPv6 address", &typed))?)
-            }
-            None => None,
-        };
+        let ip =
+            |typed: String| typed.parse().map_err(|_| misfit("--bind", "an IPv4 or IPv6 address", &typed));
+        let bind = args.value("--bind")?.map(ip).transpose()?;
         let port = args.number("--tcp-port", 0, 65_535)?;
-        let ip = bind.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
-        let address = SocketAddr::new(ip, port.unwrap_or(8888) as u16);
+        let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        let address = SocketAddr::new(bind.unwrap_or(any), port.unwrap_or(8888) as u16);
         let interval = args.number("--interval", 10, u32::MAX)?.unwrap_or(60_000);
         let options = Options {
             address,
@@ -240,23 +217,19 @@ impl Command {
         if !health {
             return Ok(Command::Serve(options));
         }
-        let by = match (bind, port) {
+        let name = match (bind, port) {
             (None, None) => String::new(),
             (None, Some(port)) => decimal(port.into()),
             _ => address_text(address),
         };
-        Ok(Command::Health(Asked { address, by }))
+        Ok(Command::Health(address, name))
     }
 }
 
 /// The words of the command line; each becomes None once it is understood.
-pub struct Arguments(Vec<Option<String>>);
+pub struct Arguments(pub Vec<Option<String>>);
 
 impl Arguments {
-    pub fn new(words: impl Iterator<Item = OsString>) -> Arguments {
-        Arguments(words.map(|word| Some(word.to_string_lossy().into_owned())).collect())
-    }
-
     /// Whether an option is given, by either of its names (one that has one name repeats it).
     fn has(&mut self, names: [&str; 2]) -> bool {
         let given = |word: &&mut Option<String>| word.as_deref().is_some_and(|word| names.contains(&word));
@@ -326,16 +299,97 @@ impl Waiters {
     }
 }
 
-fn stop_signals() -> SigSet {
-    SigSet::from_iter([SIGINT, SIGTERM])
+/// When a task that waits for a place looks again by itself; by this at most any task is woken late.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// Tasks of connections that wait, by descriptor.
+#[derive(Default)]
+struct Waits {
+    tasks: RefCell<Vec<Option<Wait>>>,
+    /// No later than the earliest instant at which one of them is due.
+    next_due: Cell<Option<Instant>>,
+    /// `wake_the_due`, which waits for an earlier one.
+    earlier: Waiters,
+    /// The descriptor at which the turn of those who wait for a place begins; none if nobody does.
+    place_turn: Cell<Option<usize>>,
+}
+
+struct Wait {
+    /// When to wake it in any case.
+    due: Instant,
+    task: Waker,
+    is_for_place: bool,
+}
+
+impl Waits {
+    fn insert(&self, descriptor: usize, wait: Wait) {
+        let mut tasks = self.tasks.borrow_mut();
+        if tasks.len() <= descriptor {
+            tasks.resize_with(descriptor + 1, || None);
+        }
+        if wait.is_for_place {
+            self.place_turn.set(self.place_turn.get().or(Some(0)));
+        }
+        if self.next_due.get().is_none_or(|next| wait.due < next) {
+            self.next_due.set(Some(wait.due));
+            self.earlier.wake_all();
+        }
+        tasks[descriptor] = Some(wait);
+    }
+
+    fn remove(&self, descriptor: usize) {
+        if let Some(wait) = self.tasks.borrow_mut().get_mut(descriptor) {
+            *wait = None;
+        }
+    }
+
+    fn wake_all(&self) {
+        self.tasks.borrow_mut().iter_mut().filter_map(Option::take).for_each(|wait| wait.task.wake());
+    }
+
+    /// Wakes the next task that waits for a place; they take turns.
+    fn wake_for_place(&self) {
+        let Some(turn) = self.place_turn.get() else { return };
+        let mut tasks = self.tasks.borrow_mut();
+        let is_next =
+            |&i: &usize| tasks.get(i).and_then(Option::as_ref).is_some_and(|wait| wait.is_for_place);
+        let next = (turn..tasks.len()).chain(0..turn).find(is_next);
+        self.place_turn.set(next.map(|i| i + 1));
+        if let Some(wait) = next.and_then(|i| tasks[i].take()) {
+            wait.task.wake();
+        }
+    }
+
+    /// Wakes the tasks that are due, late by a `pause` at most: each of them tries once more, and then
+    /// judges if its client's time is over. One timer serves all, and none while nobody is waited for;
+    /// never returns.
+    async fn wake_the_due(&self, pause: Duration) {
+        loop {
+            let now = Instant::now();
+            let is_due = |wait: &mut Wait| wait.due <= now;
+            let mut tasks = self.tasks.borrow_mut();
+            tasks.iter_mut().filter_map(|wait| wait.take_if(is_due)).for_each(|wait| wait.task.wake());
+            let next = tasks.iter().flatten().map(|wait| wait.due).min();
+            drop(tasks);
+            self.next_due.set(next);
+            let timer = async {
+                match next {
+                    Some(next) => Timer::at(next.max(now + pause)).await,
+                    None => future::pending().await,
+                };
+            };
+            future::or(timer, self.earlier.wait_until(|| self.next_due.get() != next)).await;
+        }
+    }
 }
 
 /// SIGINT and SIGTERM, as a descriptor to read. To be called before the first thread is started:
 /// threads inherit what is blocked.
 fn block_signals() -> Result<Async<SignalFd>, Errno> {
-    let _ = stop_signals().thread_block();
+    let signals = SigSet::from_iter([SIGINT, SIGTERM]);
+    let _ = signals.thread_block();
     let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-    let signals = SignalFd::with_flags(&stop_signals(), flags).map_err(|error| errno(error.into()))?;
+    let signals = SignalFd::with_flags(&signals, flags).map_err(|error| errno(error.into()))?;
     Async::new_nonblocking(signals).map_err(errno)
 }
 
@@ -349,16 +403,12 @@ async fn next_signal(signals: &Async<SignalFd>) -> i32 {
     }
 }
 
-async fn sleep(duration: Duration) {
-    Timer::after(duration).await;
-}
-
 // ---------------------------------------------------------------- the server
 
+/// The longest backlog that Linux grants by default. (std asks for 128, too few for a thousand clients at once.)
+const BACKLOG: i32 = 4096;
 /// Clients accepted before the others get a turn.
 const ACCEPTED_AT_ONCE: usize = 64;
-/// The longest backlog that Linux grants by default. (std asks for 128, too few for a thousand clients at once.)
-const BACKLOG: usize = 4096;
 /// Pause after a failed accept: the descriptors or the memory that it lacked may be back by then.
 const BACK_OFF: Duration = Duration::from_millis(100);
 /// How long a client may take to end its line once the server stops, or to take a long echo once
@@ -379,89 +429,50 @@ pub struct Server {
     stderr: Output,
     /// Clients that are connected.
     pub connected: Cell<usize>,
-    /// Wait until a client has left.
+    /// Wait until a client has left or the server stops.
     departure: Waiters,
-    /// Tasks of connections that wait, by descriptor.
-    waits: RefCell<Vec<Option<Wait>>>,
-    /// No later than the earliest instant at which one of them is due.
-    next_due: Cell<Option<Instant>>,
-    /// `wake_the_due`, which waits for an earlier one.
-    sweeper: Waiters,
-    /// Waits for the signal to stop.
-    acceptor: Waiters,
     /// Set by the first signal: when clients are waited for no longer.
     grace_end: Cell<Option<Instant>>,
-    /// Free ones of the `PLACES`: who has one may hold a whole line, others `ALLOWANCE` bytes.
-    places: Cell<usize>,
-    /// Somebody may be waiting for one.
-    is_place_wanted: Cell<bool>,
-    /// The descriptor at which the turn of those who wait for a place begins.
-    turn: Cell<usize>,
-    /// The read buffer, while nobody uses it.
-    chunk: Cell<Vec<u8>>,
-}
-
-/// A task that waits for its client, or for a place.
-struct Wait {
-    /// When to wake it in any case.
-    due: Instant,
-    task: Waker,
-    /// Bytes are there, and what it waits for is a place to put them.
-    for_place: bool,
-}
-
-/// Raises the soft limit of descriptors to the hard one: a connection is a descriptor.
-fn raise_descriptor_limit() {
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    // What can't be raised stays, and `accept` says when it is too little.
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    /// How many of the `PLACES` are taken.
+    places_taken: Cell<usize>,
+    /// A buffer that nobody uses: without it, each batch of lines would be an mmap and an munmap.
+    spare: Cell<Vec<u8>>,
+    waits: Waits,
 }
 
 /// Listens on an address. Connections inherit its options, which so cost no call for each.
 fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
-    let socket = net::socket(family(address), SocketType::STREAM, None)?;
+    let address = SocketAddrAny::from(address);
+    let socket = net::socket(address.address_family(), SocketType::STREAM, None)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
     sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER)?;
     // An echo leaves at once, and an urgent byte is a byte of its line.
     sockopt::set_tcp_nodelay(&socket, true)?;
     sockopt::set_socket_oobinline(&socket, true)?;
-    if address.is_ipv6() {
+    if address.address_family() == AddressFamily::INET6 {
         // `::` serves both families, whatever the system's default is.
         sockopt::set_ipv6_v6only(&socket, false)?;
     }
-    net::bind(&socket, &SocketAddrAny::from(address))?;
-    net::listen(&socket, BACKLOG as i32)?;
+    net::bind(&socket, &address)?;
+    net::listen(&socket, BACKLOG)?;
     // Registers it with the reactor; async-net's own `bind` takes neither backlog nor options.
     Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
-}
-
-fn local_address(listener: &Async<TcpListener>) -> Option<SocketAddr> {
-    net::getsockname(listener).ok()?.try_into().ok()
-}
-
-fn family(address: SocketAddr) -> AddressFamily {
-    if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET }
 }
 
 impl Server {
     pub fn new(options: Options) -> Server {
         Server {
-            transcript: Transcript { quiet: options.quiet, ..Transcript::default() },
             options,
             executor: StaticLocalExecutor::new(),
             lines: Subject::default(),
+            transcript: Transcript::default(),
             stderr: Output::to(stderr()),
             connected: Cell::default(),
             departure: Waiters::default(),
-            waits: RefCell::default(),
-            next_due: Cell::default(),
-            sweeper: Waiters::default(),
-            acceptor: Waiters::default(),
             grace_end: Cell::default(),
-            places: Cell::new(PLACES),
-            is_place_wanted: Cell::default(),
-            turn: Cell::default(),
-            chunk: Cell::default(),
+            places_taken: Cell::default(),
+            spare: Cell::default(),
+            waits: Waits::default(),
         }
     }
 
@@ -482,8 +493,8 @@ impl Server {
     async fn stop_on_signals(&self, signals: Async<SignalFd>) {
         next_signal(&signals).await;
         self.grace_end.set(Some(Instant::now() + GRACE));
-        self.acceptor.wake_all();
-        self.waits.borrow_mut().iter_mut().filter_map(Option::take).for_each(|wait| wait.task.wake());
+        self.departure.wake_all();
+        self.waits.wake_all();
         exit(128 + next_signal(&signals).await)
     }
 
@@ -491,36 +502,30 @@ impl Server {
     /// in the backlog and hardly anybody else.
     async fn accept(&'static self, listener: &Async<TcpListener>) {
         let mut warned: Option<Instant> = None;
-        let mut accepted: usize = 0;
         let mut backlog = BACKLOG;
-        while backlog > 0 {
-            let has_a_seat = || self.connected.get() < self.options.max_conns;
-            if has_a_seat() && self.grace_is_over() {
-                return;
-            }
-            self.departure.wait_until(has_a_seat).await;
+        loop {
+            self.departure.wait_until(|| self.connected.get() < self.options.max_conns).await;
             if self.is_stopping() {
                 // The backlog takes one client at a time now; a flood of them has an end all the same.
                 let _ = net::listen(listener, 0);
                 backlog -= 1;
+            }
+            if backlog < 0 || self.grace_is_over() {
+                return;
             }
             match net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
                     if let Some(Ok(peer)) = peer.map(SocketAddr::try_from) {
                         self.welcome(socket.into(), peer);
                     }
-                    accepted = accepted.wrapping_add(1);
-                    if accepted.is_multiple_of(ACCEPTED_AT_ONCE) {
+                    if self.connected.get().is_multiple_of(ACCEPTED_AT_ONCE) {
                         future::yield_now().await;
                     }
                 }
                 Err(Errno::AGAIN) if self.is_stopping() => return,
                 Err(Errno::AGAIN) => {
-                    poll_fn(|cx| match self.acceptor.poll_until(cx, self.is_stopping()) {
-                        Poll::Pending => listener.poll_readable(cx).map(drop),
-                        stopping => stopping,
-                    })
-                    .await
+                    let client = poll_fn(|cx| listener.poll_readable(cx).map(drop));
+                    future::or(client, self.departure.wait_until(|| self.is_stopping())).await;
                 }
                 // The client left before its turn came.
                 Err(Errno::CONNABORTED | Errno::INTR) => {}
@@ -531,7 +536,7 @@ impl Server {
                         warned = Some(Instant::now());
                         self.stderr.complain(&[&failure("accept", error), "; trying again"].concat());
                     }
-                    sleep(BACK_OFF).await;
+                    Timer::after(BACK_OFF).await;
                 }
             }
         }
@@ -540,52 +545,11 @@ impl Server {
     /// Starts the task of a new client, whose socket does not block.
     pub fn welcome(&'static self, socket: TcpStream, peer: SocketAddr) {
         self.connected.set(self.connected.get() + 1);
-        let task = async move {
+        self.spawn(async move {
             Connection::new(self, &socket, peer).converse().await;
             self.connected.set(self.connected.get() - 1);
             self.departure.wake_all();
-        };
-        self.spawn(task);
-    }
-
-    /// Wakes the tasks whose `due` has come, late by an eighth of the timeout and `LOOK_AGAIN` at most:
-    /// each of them tries once more, and then judges if its client's time is over. One timer serves all,
-    /// and none while nobody is waited for; never returns.
-    async fn wake_the_due(&self) {
-        let pause = LOOK_AGAIN.min(self.options.timeout / 8);
-        loop {
-            let now = Instant::now();
-            let mut next = None;
-            for wait in self.waits.borrow_mut().iter_mut() {
-                if let Some(wait) = wait.take_if(|wait| wait.due <= now) {
-                    wait.task.wake();
-                } else if let Some(Wait { due, .. }) = wait {
-                    next = Some(next.map_or(*due, |next: Instant| next.min(*due)));
-                }
-            }
-            self.next_due.set(next);
-            let earlier = self.sweeper.wait_until(|| self.next_due.get() != next);
-            match next {
-                Some(next) => future::or(sleep(next.max(now + pause) - now), earlier).await,
-                None => earlier.await,
-            }
-        }
-    }
-
-    /// Wakes the next client that waits for a place; they take turns.
-    fn wake_for_place(&self) {
-        if !self.is_place_wanted.get() {
-            return;
-        }
-        let mut waits = self.waits.borrow_mut();
-        let (turn, length) = (self.turn.get(), waits.len());
-        for descriptor in (turn..turn + length).map(|i| i % length) {
-            if let Some(wait) = waits[descriptor].take_if(|wait| wait.for_place) {
-                self.turn.set(descriptor + 1);
-                return wait.task.wake();
-            }
-        }
-        self.is_place_wanted.set(false);
+        });
     }
 
     fn is_stopping(&self) -> bool {
@@ -606,25 +570,23 @@ impl Server {
         self.lines.poll_ready(cx)
     }
 
-    /// A line was received whole.
-    fn receive(&self, line: &[u8], from: &str) {
-        let text = text_of(line);
-        self.transcript.received(&text, from);
-        self.lines.on_next(text);
+    /// Prints a line that `--quiet` leaves out.
+    fn remark(&self, parts: &[&str]) {
+        if !self.options.quiet {
+            self.transcript.line(parts);
+        }
     }
 }
 
 // ---------------------------------------------------------------- a connection
 
-/// Bytes that are read at once, unless a longer line is under way.
+/// Bytes that are read at once.
 const CHUNK: usize = 4096;
 /// Bytes that each connection may hold, of a line that is not yet whole or an echo that is not yet taken.
 const ALLOWANCE: usize = 256;
 /// So many connections at once may hold more, up to a whole line: as none of them needs another place,
 /// no two wait for each other.
 const PLACES: usize = 8;
-/// When a client that waits for a place looks again.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// Bytes of echo that leave at once, whatever the client's window and segments are like; they
 /// can't be lost when the connection closes behind them.
 const LEAVES_AT_ONCE: usize = 512;
@@ -641,37 +603,38 @@ struct Connection<'a> {
     buffer: Vec<u8>,
     /// So many of them are received lines, to be echoed.
     unsent: usize,
-    /// So many of the rest are known to hold no newline.
-    searched: usize,
-    /// Bytes echoed so far.
-    echoed: usize,
-    /// When to stop waiting for the client, counted from its last byte; none while the server is at work for it.
-    deadline: Option<Instant>,
+    /// Bytes of all lines received so far.
+    received: usize,
     /// Why the echo was given up.
-    gone: Option<Errno>,
+    echo_error: Option<Errno>,
     /// There may be bytes to read right now.
     readable: bool,
-    /// `has_sent` is known: its bytes wait until the server takes lines.
-    queued: bool,
-    /// The next line is whole, but the server took no more.
-    lines_left: bool,
-    /// It has one of the places.
+    /// It has one of the `PLACES`.
     has_place: bool,
-    /// It has bytes to read and nowhere to put them.
-    needs_place: bool,
-    /// A line was received.
-    received: bool,
-    /// The conversation is over, and what the client still sends is passed over.
-    lingering: bool,
+    /// What was waited for last.
+    awaited: Awaited,
+    /// Until when: counted from the client's last byte; none while the server is at work for it.
+    deadline: Option<Instant>,
 }
 
-/// What is waited for.
 #[derive(Clone, Copy, PartialEq)]
-enum For {
-    Bytes,
+enum Awaited {
+    Line,
     /// In the socket, for the echo.
     Room,
+    /// For bytes that are there.
     Place,
+    /// That the client closes, until then.
+    Close(Instant),
+}
+
+/// What a conversation goes on with.
+enum Next {
+    /// More bytes.
+    Read,
+    /// The lines that are there, once the server takes more.
+    Receive,
+    Close,
 }
 
 impl<'a> Connection<'a> {
@@ -683,288 +646,229 @@ impl<'a> Connection<'a> {
             io: None,
             buffer: Vec::new(),
             unsent: 0,
-            searched: 0,
-            echoed: 0,
-            deadline: None,
-            gone: None,
+            received: 0,
+            echo_error: None,
             readable: true,
-            queued: false,
-            lines_left: false,
             has_place: false,
-            needs_place: false,
-            received: false,
-            lingering: false,
+            awaited: Awaited::Line,
+            deadline: None,
         }
     }
 
     /// Receives lines and sends them back: one, or with `--keep-open` all that come.
     async fn converse(&mut self) {
-        let (mut goes_on, mut ended) = (true, false);
-        while goes_on {
-            if mem::take(&mut self.lines_left) {
-                poll_fn(|cx| self.server.poll_ready(cx)).await;
-            } else {
-                match poll_fn(|cx| self.poll_read(cx)).await {
-                    Ok(count) => ended = count == 0,
-                    // It was reset, or waited for long enough: an unfinished line is no line.
-                    Err(_) => break,
+        let server = self.server;
+        let (mut next, mut ended) = (Next::Read, false);
+        let mut searched;
+        loop {
+            match next {
+                Next::Read if !server.grace_is_over() => {
+                    searched = self.buffer.len();
+                    match poll_fn(|cx| self.poll_attempt(cx, Awaited::Line, Self::try_read)).await {
+                        // After a failed echo, a reset looks like an end.
+                        Ok(0) if self.echo_error == Some(Errno::CONNRESET) => break,
+                        Ok(count) => ended = count == 0,
+                        // It was reset, or waited for long enough: an unfinished line is no line.
+                        Err(_) => break,
+                    }
                 }
+                Next::Receive => {
+                    searched = 0;
+                    poll_fn(|cx| server.poll_ready(cx)).await;
+                }
+                _ => break,
             }
-            goes_on = self.receive_lines(ended);
-            poll_fn(|cx| self.poll_echo(cx)).await;
+            next = self.receive_lines(searched, ended);
+            while self.unsent > 0 {
+                let echo = poll_fn(|cx| self.poll_attempt(cx, Awaited::Room, Self::try_echo)).await;
+                // Only the echo is given up: what else has arrived is received.
+                self.echo_error = self.echo_error.or(echo.err());
+            }
             self.release();
-            goes_on = self.lines_left || goes_on && !self.server.grace_is_over();
-            if goes_on && self.readable {
+            if self.readable {
                 // A client that never stops sending must not starve the others.
                 future::yield_now().await;
             }
         }
-        if !ended && self.gone.is_none() {
+        // If bytes are there that nobody reads, closing makes the kernel reset the connection.
+        let has_more = !self.buffer.is_empty() || self.readable && matches!(self.pass_over(), Ok(1..));
+        self.buffer.clear();
+        self.release();
+        if !ended && self.echo_error.is_none() {
             // The echo's end goes first: a reset, should the client send more, comes too late for harm.
             let _ = net::shutdown(self.socket, Shutdown::Write);
-            self.lingering = self.must_linger();
             let end = Instant::now() + GRACE;
-            self.deadline = Some(end);
-            while self.lingering {
-                self.buffer.clear();
-                self.release();
-                self.lingering = matches!(poll_fn(|cx| self.poll_read(cx)).await, Ok(1..))
-                    && Instant::now() < end
-                    && !self.server.grace_is_over();
+            let mut lingers = self.received > LEAVES_AT_ONCE || self.received > 0 && has_more;
+            while lingers {
+                let passed = poll_fn(|cx| self.poll_attempt(cx, Awaited::Close(end), Self::pass_over)).await;
+                lingers = matches!(passed, Ok(1..)) && Instant::now() < end && !server.grace_is_over();
                 future::yield_now().await;
             }
         }
-        self.buffer.clear();
-        self.release();
-        if self.received {
-            self.server.transcript.remark(&["Close the client socket"]);
+        if self.received > 0 {
+            server.remark(&["Close the client socket"]);
         }
     }
 
     /// Hands on the whole lines at the start of the buffer, as far as the server takes them, and
-    /// marks them for the echo. Returns whether the conversation goes on.
-    fn receive_lines(&mut self, ended: bool) -> bool {
-        let options = &self.server.options;
+    /// marks them for the echo. So many bytes are known to hold no newline.
+    fn receive_lines(&mut self, mut searched: usize, ended: bool) -> Next {
+        let (server, options) = (self.server, &self.server.options);
         let mut from = String::new();
         loop {
             let rest = &self.buffer[self.unsent..];
-            match first_line(rest, self.searched, ended, options.max_line) {
-                Line::Whole(_) if self.unsent > 0 && !self.server.is_ready() => {
-                    self.lines_left = true;
-                    return true;
-                }
+            match first_line(rest, searched, ended, options.max_line) {
+                Line::Whole(_) if !server.is_ready() => return Next::Receive,
                 Line::Whole(length) => {
                     if from.is_empty() {
                         from = [" from ", &address_text(self.peer), "\nSend: "].concat();
                     }
-                    self.server.receive(&rest[..length], &from);
-                    self.received = true;
-                    self.searched = 0;
+                    let text = text_of(&rest[..length]);
+                    server.remark(&["Received ", &text, &from, &text]);
+                    server.lines.on_next(text);
                     self.unsent += length;
+                    self.received += length;
+                    searched = 0;
                     if !options.keep_open {
-                        return false;
+                        return Next::Close;
                     }
                 }
-                Line::Partial => {
-                    self.searched = rest.len();
-                    return !ended;
-                }
+                Line::Partial if ended => return Next::Close,
+                Line::Partial => return Next::Read,
                 Line::TooLong => {
                     let (peer, longest) = (address_text(self.peer), decimal(options.max_line as u64));
                     let sentence = ["line from ", &peer, " is longer than ", &longest, " bytes"];
-                    self.server.stderr.complain(&sentence.concat());
+                    server.stderr.complain(&sentence.concat());
                     self.buffer.truncate(self.unsent);
-                    return false;
+                    return Next::Close;
                 }
             }
         }
     }
 
-    /// Adds bytes to the buffer, waiting for them if there are none, and returns how many; 0 at the
-    /// end of what the client sends. The error is why there will be no more.
-    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, Errno>> {
+    /// Attempts something until it is done, or fails, or the client took too long. What the client has
+    /// done counts before any clock does: there is one more attempt after its time is over.
+    fn poll_attempt(
+        &mut self,
+        cx: &mut Context<'_>,
+        awaited: Awaited,
+        attempt: fn(&mut Self) -> Result<usize, Errno>,
+    ) -> Poll<Result<usize, Errno>> {
         let mut overdue = false;
         loop {
-            if self.readable || overdue {
-                if !self.lingering && !self.server.is_ready() && self.has_sent() {
-                    // It is the server that keeps the client waiting.
+            let awaited = match attempt(self) {
+                Err(Errno::AGAIN | Errno::INTR) => awaited,
+                Err(Errno::NOMEM) => Awaited::Place,
+                outcome => {
                     self.deadline = None;
-                    ready!(self.server.poll_ready(cx));
+                    return Poll::Ready(outcome);
                 }
-                self.readable = false;
-                match self.try_read() {
-                    Err(Errno::AGAIN | Errno::INTR) => self.needs_place = false,
-                    Err(Errno::NOMEM) => {
-                        self.readable = true;
-                        if !mem::replace(&mut self.needs_place, true) {
-                            // It has sent something: from now on it waits for the place.
-                            (self.deadline, overdue) = (None, false);
-                        }
-                    }
-                    // After a failed echo, a reset looks like an end.
-                    Ok(0) if self.gone == Some(Errno::CONNRESET) => {
-                        return Poll::Ready(Err(Errno::CONNRESET));
-                    }
-                    outcome => {
-                        (self.needs_place, self.queued) = (false, false);
-                        if !self.lingering {
-                            self.deadline = None;
-                        }
-                        return Poll::Ready(outcome);
-                    }
-                }
-                if overdue {
-                    return Poll::Ready(Err(Errno::TIMEDOUT));
-                }
-                self.release();
+            };
+            if overdue {
+                return Poll::Ready(Err(Errno::TIMEDOUT));
             }
-            let cause = if self.needs_place { For::Place } else { For::Bytes };
-            overdue = !ready!(self.poll_client(cx, cause))?;
+            self.release();
+            overdue = !ready!(self.poll_client(cx, awaited))?;
             self.readable = true;
         }
     }
 
-    /// Sends back what is marked for it as it came, and forgets it. If that fails, only the echo is
-    /// given up: what else has arrived is received.
-    fn poll_echo(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut overdue = false;
-        while self.unsent > 0 && self.gone.is_none() {
-            match rustix::io::write(self.socket, &self.buffer[..self.unsent]) {
-                Ok(count) => {
-                    self.buffer.drain(..count);
-                    self.unsent -= count;
-                    self.echoed = self.echoed.saturating_add(count);
-                    self.deadline = None;
-                }
-                Err(Errno::AGAIN | Errno::INTR) if overdue => self.gone = Some(Errno::TIMEDOUT),
-                Err(Errno::AGAIN | Errno::INTR) => {
-                    self.release();
-                    // When that is over, there may be bytes to read.
-                    self.readable = true;
-                    match ready!(self.poll_client(cx, For::Room)) {
-                        Ok(in_time) => overdue = !in_time,
-                        Err(error) => self.gone = Some(error),
-                    }
-                }
-                Err(error) => self.gone = Some(error),
-            }
-        }
-        self.buffer.drain(..mem::take(&mut self.unsent));
-        Poll::Ready(())
-    }
-
-    /// Waits for the client. Ready with whether that was in time: bytes that are there count before
-    /// any clock does, so it is given up on after one more attempt only.
-    fn poll_client(&mut self, cx: &mut Context<'_>, cause: For) -> Poll<Result<bool, Errno>> {
+    /// Waits for the client, or for a place. Ready with whether that was in time.
+    fn poll_client(&mut self, cx: &mut Context<'_>, awaited: Awaited) -> Poll<Result<bool, Errno>> {
         let (server, descriptor) = (self.server, self.socket.as_raw_fd() as usize);
-        let mut in_time = Poll::Pending;
-        if cause != For::Place {
+        server.waits.remove(descriptor);
+        if awaited != Awaited::Place {
             let io = match &mut self.io {
                 Some(io) => io,
                 none => none.insert(Async::new_nonblocking(self.socket.as_fd()).map_err(errno)?),
             };
-            in_time = if cause == For::Room { io.poll_writable(cx) } else { io.poll_readable(cx) };
+            let room = awaited == Awaited::Room;
+            if let Poll::Ready(outcome) = if room { io.poll_writable(cx) } else { io.poll_readable(cx) } {
+                return Poll::Ready(outcome.map(|()| true).map_err(errno));
+            }
         }
         let now = Instant::now();
-        let deadline = *self.deadline.get_or_insert(now + server.options.timeout);
-        let deadline = match server.grace_end.get() {
+        let is_for_place = awaited == Awaited::Place;
+        // It has sent something since, or it is the server that keeps it waiting.
+        if awaited != self.awaited || is_for_place && !server.is_ready() {
+            (self.awaited, self.deadline) = (awaited, None);
+        }
+        let end = if let Awaited::Close(end) = awaited { end } else { now + server.options.timeout };
+        let mut deadline = *self.deadline.get_or_insert(end);
+        if let Some(grace_end) = server.grace_end.get() {
             // Between two lines, a server that stops waits for nobody.
-            Some(_) if cause == For::Bytes && self.buffer.is_empty() && !self.lingering => now,
-            Some(end) => deadline.min(end),
-            None => deadline,
-        };
-        let mut waits = server.waits.borrow_mut();
-        while waits.len() <= descriptor {
-            waits.push(None);
+            let is_idle = awaited == Awaited::Line && self.buffer.is_empty();
+            deadline = if is_idle { now } else { deadline.min(grace_end) };
         }
-        if in_time.is_ready() || deadline <= now {
-            waits[descriptor] = None;
-            return Poll::Ready(match in_time {
-                Poll::Ready(outcome) => outcome.map(|()| true).map_err(errno),
-                Poll::Pending => Ok(false),
-            });
+        if deadline <= now {
+            return Poll::Ready(Ok(false));
         }
-        let for_place = cause == For::Place;
-        let due = if for_place { deadline.min(now + LOOK_AGAIN) } else { deadline };
-        waits[descriptor] = Some(Wait { due, task: cx.waker().clone(), for_place });
-        server.is_place_wanted.set(server.is_place_wanted.get() | for_place);
-        if server.next_due.get().is_none_or(|next| due < next) {
-            server.next_due.set(Some(due));
-            server.sweeper.wake_all();
-        }
+        let due = if is_for_place { deadline.min(now + LOOK_AGAIN) } else { deadline };
+        server.waits.insert(descriptor, Wait { due, task: cx.waker().clone(), is_for_place });
         Poll::Pending
     }
 
-    /// Whether bytes of the echo may be lost if the socket is closed now: when it is a long one, or
-    /// when the client has sent bytes that nobody reads, which makes the kernel reset the connection.
-    fn must_linger(&mut self) -> bool {
-        if self.received && self.readable {
-            let _ = self.try_read();
-        }
-        self.echoed > LEAVES_AT_ONCE || self.received && !self.buffer.is_empty()
-    }
-
-    /// Whether the client has sent what may be a line.
-    fn has_sent(&mut self) -> bool {
-        let look = || net::recv(self.socket, &mut [0][..], RecvFlags::PEEK);
-        // Thousands may be woken for the room of one line: they look once. An end makes a line of
-        // what is there.
-        self.queued = self.queued || look().is_ok_and(|(_, count)| count > 0 || !self.buffer.is_empty());
-        self.queued
-    }
-
-    /// Adds the bytes that are there right now, as far as there is room for them.
+    /// Adds the bytes that are there right now, as far as there is room for them: with a place as many as
+    /// show that a line is too long, else what is left of the allowance, or the rest of a line.
     fn try_read(&mut self) -> Result<usize, Errno> {
-        if !self.reserve() {
-            return self.try_read_rest();
+        if !self.readable {
+            return Err(Errno::AGAIN);
         }
-        let count = rustix::io::read(self.socket, spare_capacity(&mut self.buffer))?;
-        self.readable = self.buffer.len() == self.buffer.capacity();
-        Ok(count)
-    }
-
-    /// Without a place: adds the rest of the line, if all of it has arrived and its echo can leave at
-    /// once. The error is else NOMEM, which here says that it needs a place, and CONNRESET after a reset.
-    fn try_read_rest(&mut self) -> Result<usize, Errno> {
-        let mut chunk = [0; CHUNK];
-        let (_, count) = net::recv(self.socket, &mut chunk[..], RecvFlags::PEEK)?;
-        let state = poll_now(self.socket.as_fd(), PollFlags::OUT | PollFlags::RDHUP);
-        let length = match chunk[..count].iter().position(|&byte| byte == b'\n') {
-            Some(index) => index + 1,
-            None if state.contains(PollFlags::HUP) => return Err(Errno::CONNRESET),
-            None if count < CHUNK && state.contains(PollFlags::RDHUP) => count,
-            None if self.buffer.len() + count > self.server.options.max_line => count,
-            None => return Err(Errno::NOMEM),
-        };
-        if self.gone.is_none() && !state.contains(PollFlags::OUT) {
-            return Err(Errno::NOMEM);
-        }
-        let count = rustix::io::read(self.socket, &mut chunk[..length])?;
-        self.buffer.extend_from_slice(&chunk[..count]);
-        self.readable = true;
-        Ok(count)
-    }
-
-    /// Makes room for more bytes: with a place a chunk, or for a longer line as much again, up to one
-    /// byte beyond the longest, which shows that a line is too long; else what is left of the
-    /// allowance. Returns whether there is any.
-    fn reserve(&mut self) -> bool {
-        let (server, length) = (self.server, self.buffer.len());
-        if !self.has_place && server.places.get() > 0 {
-            server.places.set(server.places.get() - 1);
+        let taken = &self.server.places_taken;
+        if !self.has_place && taken.get() < PLACES {
+            taken.set(taken.get() + 1);
             self.has_place = true;
         }
-        if self.has_place && self.buffer.capacity() < CHUNK {
-            let mut chunk = server.chunk.take();
-            chunk.reserve_exact(CHUNK);
-            chunk.extend_from_slice(&self.buffer);
-            self.buffer = chunk;
+        let most = if self.has_place { self.server.options.max_line + 1 } else { ALLOWANCE };
+        let room = match most.saturating_sub(self.buffer.len()) {
+            0 => self.rest_of_line()?,
+            room => room.min(CHUNK),
+        };
+        let mut chunk = [MaybeUninit::uninit(); CHUNK];
+        self.readable = false;
+        let (bytes, _) = rustix::io::read(self.socket, &mut chunk[..room])?;
+        self.readable = bytes.len() == room;
+        if self.buffer.len() <= ALLOWANCE {
+            let part = mem::replace(&mut self.buffer, self.server.spare.take());
+            self.buffer.extend_from_slice(&part);
         }
-        if length == self.buffer.capacity() {
-            let longest = if self.has_place { server.options.max_line + 1 } else { ALLOWANCE };
-            self.buffer.reserve_exact(longest.saturating_sub(length).min(length.max(ALLOWANCE)));
-        }
-        length < self.buffer.capacity()
+        self.buffer.reserve_exact(bytes.len());
+        self.buffer.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    /// The length of the rest of the line, if all of it has arrived and its echo can leave at once: it needs
+    /// no place. The error is else NOMEM, which here says that it needs one, and CONNRESET after a reset.
+    fn rest_of_line(&self) -> Result<usize, Errno> {
+        let mut chunk = [MaybeUninit::uninit(); CHUNK];
+        let ((bytes, _), _) = net::recv(self.socket, &mut chunk, RecvFlags::PEEK)?;
+        let state = poll_now(self.socket.as_fd(), PollFlags::OUT | PollFlags::RDHUP);
+        let length = match bytes.iter().position(|&byte| byte == b'\n') {
+            Some(index) => index + 1,
+            None if state.contains(PollFlags::HUP) => return Err(Errno::CONNRESET),
+            None if bytes.len() < CHUNK && state.contains(PollFlags::RDHUP) => bytes.len(),
+            None if self.buffer.len() + bytes.len() > self.server.options.max_line => bytes.len(),
+            None => return Err(Errno::NOMEM),
+        };
+        let leaves = self.echo_error.is_some() || state.contains(PollFlags::OUT);
+        if leaves && self.server.is_ready() { Ok(length) } else { Err(Errno::NOMEM) }
+    }
+
+    /// Sends back what is marked for it as it came, and forgets it.
+    fn try_echo(&mut self) -> Result<usize, Errno> {
+        let count = match self.echo_error {
+            None => rustix::io::write(self.socket, &self.buffer[..self.unsent])?,
+            Some(_) => self.unsent,
+        };
+        self.buffer.drain(..count);
+        self.unsent -= count;
+        Ok(count)
+    }
+
+    /// Reads what nobody wants.
+    fn pass_over(&mut self) -> Result<usize, Errno> {
+        let mut chunk = [MaybeUninit::uninit(); CHUNK];
+        Ok(rustix::io::read(self.socket, &mut chunk)?.0.len())
     }
 
     /// Gives back what it need not hold: the room that is left, and the place if it can do without.
@@ -974,15 +878,14 @@ impl<'a> Connection<'a> {
         }
         if self.buffer.len() < self.buffer.capacity() {
             let part = self.buffer.to_vec();
-            let mut chunk = mem::replace(&mut self.buffer, part);
-            if chunk.capacity() == CHUNK {
-                chunk.clear();
-                self.server.chunk.set(chunk);
-            }
+            let mut spare = mem::replace(&mut self.buffer, part);
+            spare.clear();
+            spare.shrink_to(2 * CHUNK);
+            self.server.spare.set(spare);
         }
         if mem::take(&mut self.has_place) {
-            self.server.places.set(self.server.places.get() + 1);
-            self.server.wake_for_place();
+            self.server.places_taken.set(self.server.places_taken.get() - 1);
+            self.server.waits.wake_for_place();
         }
     }
 }
@@ -1266,7 +1169,6 @@ const PIPE_BUF: usize = 4096;
 /// has left, so that a batch costs one system call and a lone line still appears at once.
 #[derive(Default)]
 pub struct Transcript {
-    quiet: bool,
     pub text: RefCell<String>,
     /// Bytes that are being written.
     writing: Cell<usize>,
@@ -1278,31 +1180,7 @@ pub struct Transcript {
 }
 
 impl Transcript {
-    /// A line, and what stands between its two appearances.
-    fn received(&self, line: &str, from: &str) {
-        if !self.quiet {
-            let mut text = self.text.borrow_mut();
-            text.push_str("Received ");
-            text.push_str(line);
-            text.push_str(from);
-            text.push_str(line);
-            text.push('\n');
-            self.writer.wake_all();
-        }
-    }
-
-    fn event(&self, event: &str) {
-        self.line(&[if self.quiet { "" } else { "Observing " }, event]);
-    }
-
-    /// A line that `--quiet` leaves out.
-    fn remark(&self, parts: &[&str]) {
-        if !self.quiet {
-            self.line(parts);
-        }
-    }
-
-    /// A line, from its parts.
+    /// Adds a line, from its parts.
     fn line(&self, parts: &[&str]) {
         let mut text = self.text.borrow_mut();
         parts.iter().for_each(|part| text.push_str(part));
@@ -1578,17 +1456,17 @@ fn reason(error: Errno) -> String {
 
 // ---------------------------------------------------------------- the health check
 
-/// The abstract Unix socket at which a server is asked by its address and port, by its port, or
-/// without either, which the first server of a network namespace has.
-fn health_name(asked: &str) -> Result<SocketAddrUnix, Errno> {
-    SocketAddrUnix::new_abstract_name(["smolrx ", asked].concat().as_bytes())
+/// An abstract Unix socket. A server has three names: its address and port, its port, and for the first
+/// server of a network namespace none.
+fn health_address(name: &str) -> Result<SocketAddrUnix, Errno> {
+    SocketAddrUnix::new_abstract_name(["smolrx ", name].concat().as_bytes())
 }
 
 /// A datagram socket: to answer takes neither a seat nor a descriptor, and a full server is not ill.
-fn health_socket(asked: &str) -> Result<Async<BorrowedFd<'static>>, Errno> {
+fn health_socket(name: &str) -> Result<Async<BorrowedFd<'static>>, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
-    net::bind(&socket, &health_name(asked)?)?;
+    net::bind(&socket, &health_address(name)?)?;
     Async::new_nonblocking(forever(socket)).map_err(errno)
 }
 
@@ -1608,31 +1486,31 @@ async fn answer_probes(socket: Async<BorrowedFd<'static>>) {
 
 /// Asks a server here through its socket, and any other as a TCP client that sends nothing and
 /// expects it to close: which proves that it accepts and serves, and is no event. Within two seconds.
-fn probe(asked: Asked) -> Result<(), String> {
-    let answer = match ask(&asked.by) {
-        Err(Errno::CONNREFUSED) => connect_and_read(asked.address),
-        answer => answer,
-    };
-    let trouble = match answer {
+fn probe(address: SocketAddr, name: &str) -> Result<(), String> {
+    let trouble = match ask(name).or_else(|error| match error {
+        Errno::CONNREFUSED => connect_and_read(address),
+        error => Err(error),
+    }) {
         Ok(0) => return Ok(()),
         Ok(_) => String::from("is another server"),
         Err(Errno::AGAIN | Errno::INPROGRESS) => String::from("is not healthy: it does not answer"),
         Err(error) => ["is not healthy: ", &reason(error)].concat(),
     };
-    Err([&address_text(asked.address), " ", &*trouble].concat())
+    Err([&address_text(address), " ", &*trouble].concat())
 }
 
-fn ask(by: &str) -> Result<usize, Errno> {
+fn ask(name: &str) -> Result<usize, Errno> {
     let socket = patient_socket(AddressFamily::UNIX, SocketType::DGRAM)?;
     net::bind(&socket, &SocketAddrUnix::new_unnamed())?; // any name: it needs one to be answered
-    net::connect(&socket, &health_name(by)?)?;
+    net::connect(&socket, &health_address(name)?)?;
     net::send(&socket, &[], SendFlags::empty())?;
     rustix::io::read(&socket, &mut [0])
 }
 
 fn connect_and_read(address: SocketAddr) -> Result<usize, Errno> {
-    let socket = patient_socket(family(address), SocketType::STREAM)?;
-    net::connect(&socket, &SocketAddrAny::from(address))?;
+    let address = SocketAddrAny::from(address);
+    let socket = patient_socket(address.address_family(), SocketType::STREAM)?;
+    net::connect(&socket, &address)?;
     // The kernel may choose as our own port the one that nobody listens on.
     if net::getsockname(&socket)? == net::getpeername(&socket)?.ok_or(Errno::NOTCONN)? {
         return Err(Errno::CONNREFUSED);

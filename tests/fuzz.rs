@@ -23,7 +23,6 @@ mod smolrx;
 use std::any::Any;
 use std::array;
 use std::collections::HashMap;
-use std::ffi::OsString;
 use std::fmt::{self, Display};
 use std::fs;
 use std::io::{self, ErrorKind, PipeReader, Read, Write};
@@ -247,7 +246,7 @@ impl Drop for Bench {
 }
 
 fn start(command: &str) -> &'static Server {
-    match Command::parse(Arguments::new(command.split(' ').skip(1).map(OsString::from))) {
+    match Command::parse(Arguments(command.split(' ').skip(1).map(|word| Some(word.into())).collect())) {
         Ok(Command::Serve(options)) => Box::leak(Box::new(Server::new(options))),
         _ => panic!("{command} does not serve"),
     }
