@@ -36,6 +36,7 @@ use rustix::io::{Errno, ReadWriteFlags, pwritev2};
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrAny, SocketAddrUnix};
 use rustix::net::{SocketFlags, SocketType};
+use rustix::pipe::PIPE_BUF;
 use rustix::process::{Resource, Rlimit, getrlimit, getsid, setrlimit};
 use rustix::stdio::{stderr, stdout};
 use rustix::termios::tcgetsid;
@@ -78,14 +79,13 @@ const TASKS_A_TURN: usize = 200;
 
 /// Serves until a signal or a failing stdout ends the process. Returns only why it could not start.
 fn serve(options: Options) -> Result<(), String> {
-    let signals = block_signals().map_err(|error| failure("wait for signals", error))?;
+    let signals = block_signals().map_err(|error| failure(&["wait for signals"], error))?;
     let output = Output::to(stdout());
     // A connection is a descriptor. What can't be raised stays, and `accept` says when it is too little.
     let maximum = getrlimit(Resource::Nofile).maximum;
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     let wanted = options.address;
-    let listener =
-        listen(wanted).map_err(|error| failure(&["listen on ", &address_text(wanted)].concat(), error))?;
+    let listener = listen(wanted).map_err(|error| failure(&["listen on ", &address_text(wanted)], error))?;
     let address = net::getsockname(&listener).ok().and_then(|own| own.try_into().ok()).unwrap_or(wanted);
     let (address, port) = (address_text(address), decimal(address.port().into()));
 
@@ -102,7 +102,7 @@ fn serve(options: Options) -> Result<(), String> {
             Ok(socket) => server.spawn(answer_probes(socket)),
             // Another server of this network namespace has that name: it is the one to ask.
             Err(Errno::ADDRINUSE) => {}
-            Err(error) => server.stderr.complain(&failure("answer --health", error)),
+            Err(error) => server.stderr.complain(&failure(&["answer --health"], error)),
         }
     }
     // What `executor.run` does, without its queues for work stealing (3 kB).
@@ -132,8 +132,8 @@ async fn observe(server: &'static Server) {
 }
 
 /// What an operation that failed is reported as.
-fn failure(what: &str, error: Errno) -> String {
-    ["cannot ", what, ": ", &reason(error)].concat()
+fn failure(what: &[&str], error: Errno) -> String {
+    ["cannot ", &what.concat(), ": ", &reason(error)].concat()
 }
 
 // ---------------------------------------------------------------- the options
@@ -255,13 +255,9 @@ impl Arguments {
     /// The whole number that follows an option, if it is given.
     fn number(&mut self, option: &str, min: u32, max: u32) -> Result<Option<u32>, String> {
         let Some(typed) = self.value(option)? else { return Ok(None) };
-        match typed.parse() {
-            Ok(number) if (min..=max).contains(&number) => Ok(Some(number)),
-            _ => {
-                let wanted = ["a whole number from ", &decimal(min.into()), " to ", &decimal(max.into())];
-                Err(misfit(option, &wanted.concat(), &typed))
-            }
-        }
+        let number = typed.parse().ok().filter(|number| (min..=max).contains(number));
+        let wanted = || ["a whole number from ", &decimal(min.into()), " to ", &decimal(max.into())].concat();
+        number.map(Some).ok_or_else(|| misfit(option, &wanted(), &typed))
     }
 }
 
@@ -293,9 +289,7 @@ impl Waiters {
     }
 
     pub fn wake_all(&self) {
-        for task in self.0.borrow_mut().drain(..) {
-            task.wake();
-        }
+        self.0.borrow_mut().drain(..).for_each(Waker::wake);
     }
 }
 
@@ -322,25 +316,22 @@ struct Wait {
 }
 
 impl Waits {
-    fn insert(&self, descriptor: usize, wait: Wait) {
+    /// Notes what a descriptor's task waits for now, if it does.
+    fn set(&self, descriptor: usize, wait: Option<Wait>) {
         let mut tasks = self.tasks.borrow_mut();
         if tasks.len() <= descriptor {
             tasks.resize_with(descriptor + 1, || None);
         }
-        if wait.is_for_place {
-            self.place_turn.set(self.place_turn.get().or(Some(0)));
+        if let Some(Wait { due, is_for_place, .. }) = wait {
+            if is_for_place {
+                self.place_turn.set(self.place_turn.get().or(Some(0)));
+            }
+            if self.next_due.get().is_none_or(|next| due < next) {
+                self.next_due.set(Some(due));
+                self.earlier.wake_all();
+            }
         }
-        if self.next_due.get().is_none_or(|next| wait.due < next) {
-            self.next_due.set(Some(wait.due));
-            self.earlier.wake_all();
-        }
-        tasks[descriptor] = Some(wait);
-    }
-
-    fn remove(&self, descriptor: usize) {
-        if let Some(wait) = self.tasks.borrow_mut().get_mut(descriptor) {
-            *wait = None;
-        }
+        tasks[descriptor] = wait;
     }
 
     fn wake_all(&self) {
@@ -534,7 +525,7 @@ impl Server {
                 Err(error) => {
                     if warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
                         warned = Some(Instant::now());
-                        self.stderr.complain(&[&failure("accept", error), "; trying again"].concat());
+                        self.stderr.complain(&[&failure(&["accept"], error), "; trying again"].concat());
                     }
                     Timer::after(BACK_OFF).await;
                 }
@@ -754,7 +745,7 @@ impl<'a> Connection<'a> {
         awaited: Awaited,
         attempt: fn(&mut Self) -> Result<usize, Errno>,
     ) -> Poll<Result<usize, Errno>> {
-        let mut overdue = false;
+        let mut in_time = Ok(());
         loop {
             let awaited = match attempt(self) {
                 Err(Errno::AGAIN | Errno::INTR) => awaited,
@@ -764,19 +755,17 @@ impl<'a> Connection<'a> {
                     return Poll::Ready(outcome);
                 }
             };
-            if overdue {
-                return Poll::Ready(Err(Errno::TIMEDOUT));
-            }
+            in_time?;
             self.release();
-            overdue = !ready!(self.poll_client(cx, awaited))?;
+            in_time = ready!(self.poll_client(cx, awaited));
             self.readable = true;
         }
     }
 
-    /// Waits for the client, or for a place. Ready with whether that was in time.
-    fn poll_client(&mut self, cx: &mut Context<'_>, awaited: Awaited) -> Poll<Result<bool, Errno>> {
+    /// Waits for the client, or for a place. The error is TIMEDOUT when the time for it is over.
+    fn poll_client(&mut self, cx: &mut Context<'_>, awaited: Awaited) -> Poll<Result<(), Errno>> {
         let (server, descriptor) = (self.server, self.socket.as_raw_fd() as usize);
-        server.waits.remove(descriptor);
+        server.waits.set(descriptor, None);
         if awaited != Awaited::Place {
             let io = match &mut self.io {
                 Some(io) => io,
@@ -784,7 +773,7 @@ impl<'a> Connection<'a> {
             };
             let room = awaited == Awaited::Room;
             if let Poll::Ready(outcome) = if room { io.poll_writable(cx) } else { io.poll_readable(cx) } {
-                return Poll::Ready(outcome.map(|()| true).map_err(errno));
+                return Poll::Ready(outcome.map_err(errno));
             }
         }
         let now = Instant::now();
@@ -801,10 +790,10 @@ impl<'a> Connection<'a> {
             deadline = if is_idle { now } else { deadline.min(grace_end) };
         }
         if deadline <= now {
-            return Poll::Ready(Ok(false));
+            return Poll::Ready(Err(Errno::TIMEDOUT));
         }
         let due = if is_for_place { deadline.min(now + LOOK_AGAIN) } else { deadline };
-        server.waits.insert(descriptor, Wait { due, task: cx.waker().clone(), is_for_place });
+        server.waits.set(descriptor, Some(Wait { due, task: cx.waker().clone(), is_for_place }));
         Poll::Pending
     }
 
@@ -1162,9 +1151,6 @@ impl<A: Stream, S: Scheduler> Stream for Debounce<A, S> {
 
 // ---------------------------------------------------------------- standard output
 
-/// Bytes that a pipe takes whole or not at all (POSIX's PIPE_BUF, as it is on Linux).
-const PIPE_BUF: usize = 4096;
-
 /// What goes to stdout. Tasks add whole lines; one task writes all that a turn of the executor
 /// has left, so that a batch costs one system call and a lone line still appears at once.
 #[derive(Default)]
@@ -1219,7 +1205,7 @@ impl Transcript {
                     Ok(count) => rest = &rest[count..],
                     // The reader of a closed pipe has seen what it wanted.
                     Err(Errno::PIPE) => return Ok(()),
-                    Err(error) => return Err(failure("write to stdout", error)),
+                    Err(error) => return Err(failure(&["write to stdout"], error)),
                 }
             }
             // Its memory is for the next turn, unless that was an unusual one.
@@ -1343,17 +1329,15 @@ fn poll_now(fd: BorrowedFd, wanted: PollFlags) -> PollFlags {
 
 // ---------------------------------------------------------------- text
 
-/// A received line as everybody sees it: as text, stripped, escaped.
+/// A received line as everybody sees it: as text, stripped, and so that it stays one line and can't talk to
+/// the terminal: what could do either is shown as Rust writes it, `\u{1b}` for ESC.
 pub fn text_of(line: &[u8]) -> String {
     let words = String::from_utf8_lossy(line);
     let words = words.trim();
     // Most lines are what they show.
-    if words.bytes().all(|byte| matches!(byte, b' '..=b'~')) { words.to_owned() } else { escaped(words) }
-}
-
-/// Words so that they stay one line and can't talk to the terminal: what could do either is shown
-/// as Rust writes it, `\u{1b}` for ESC.
-fn escaped(words: &str) -> String {
+    if words.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        return words.to_owned();
+    }
     let mut text = String::new();
     for character in words.chars() {
         match character {
@@ -1375,7 +1359,6 @@ fn escaped(words: &str) -> String {
 /// Control characters, and those that break lines or reorder them (Unicode's bidi controls).
 fn is_hostile(character: char) -> bool {
     match character {
-        ' '..='~' => false,
         '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,
         _ => character.is_control(),
     }
@@ -1487,10 +1470,11 @@ async fn answer_probes(socket: Async<BorrowedFd<'static>>) {
 /// Asks a server here through its socket, and any other as a TCP client that sends nothing and
 /// expects it to close: which proves that it accepts and serves, and is no event. Within two seconds.
 fn probe(address: SocketAddr, name: &str) -> Result<(), String> {
-    let trouble = match ask(name).or_else(|error| match error {
-        Errno::CONNREFUSED => connect_and_read(address),
-        error => Err(error),
-    }) {
+    let answer = match ask(name) {
+        Err(Errno::CONNREFUSED) => connect_and_read(address),
+        answer => answer,
+    };
+    let trouble = match answer {
         Ok(0) => return Ok(()),
         Ok(_) => String::from("is another server"),
         Err(Errno::AGAIN | Errno::INPROGRESS) => String::from("is not healthy: it does not answer"),
