@@ -155,8 +155,8 @@ A TCP server whose lines become a debounced event stream.
   --timeout MS      a connection that neither sends nor takes a byte for so
                     long is closed [60000]
   -q, --quiet       print events alone, one a line
-  --health          ask the server on --bind:--tcp-port, or without these the
-                    first one here, if it is healthy; exit 0 or 1
+  --health          ask the server on --bind:--tcp-port whether it is healthy,
+                    or without these the first that runs here; exit 0 or 1
   -h, --help        print this
   -V, --version     print the version
 ";
@@ -992,7 +992,7 @@ impl Scheduler for Realtime {
     }
 }
 
-/// Counts from 0: the first time after `due`, then every `period`.
+/// Counts from 0: the first time after a `delay`, then every `period`.
 ///
 /// ```text
 /// timer(0, 3)   0--1--2--3--
@@ -1000,8 +1000,8 @@ impl Scheduler for Realtime {
 ///
 /// As in RxPY's `timer`, ticks that were missed (the process was stopped, say) don't come in a
 /// burst: the count goes on one by one, and the period starts anew.
-pub fn timer<S: Scheduler>(scheduler: S, due: Duration, period: Duration) -> impl Stream<Item = u64> {
-    let first = scheduler.now() + due;
+pub fn timer<S: Scheduler>(scheduler: S, delay: Duration, period: Duration) -> impl Stream<Item = u64> {
+    let first = scheduler.now() + delay;
     stream::unfold((0, first), move |(count, due)| {
         let scheduler = scheduler.clone();
         async move {
@@ -1332,14 +1332,13 @@ fn poll_now(fd: BorrowedFd, wanted: PollFlags) -> PollFlags {
 /// A received line as everybody sees it: as text, stripped, and so that it stays one line and can't talk to
 /// the terminal: what could do either is shown as Rust writes it, `\u{1b}` for ESC.
 pub fn text_of(line: &[u8]) -> String {
-    let words = String::from_utf8_lossy(line);
-    let words = words.trim();
+    let plain = line.trim_ascii();
     // Most lines are what they show.
-    if words.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
-        return words.to_owned();
+    if plain.iter().all(|byte| matches!(byte, b' '..=b'~')) {
+        return String::from_utf8_lossy(plain).into_owned();
     }
     let mut text = String::new();
-    for character in words.chars() {
+    for character in String::from_utf8_lossy(line).trim().chars() {
         match character {
             '\t' => text.push_str("\\t"),
             '\r' => text.push_str("\\r"),
@@ -1445,7 +1444,7 @@ fn health_address(name: &str) -> Result<SocketAddrUnix, Errno> {
     SocketAddrUnix::new_abstract_name(["smolrx ", name].concat().as_bytes())
 }
 
-/// A datagram socket: to answer takes neither a seat nor a descriptor, and a full server is not ill.
+/// A datagram socket: to answer takes neither a connection nor a descriptor, and a full server is not ill.
 fn health_socket(name: &str) -> Result<Async<BorrowedFd<'static>>, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
