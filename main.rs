@@ -358,10 +358,10 @@ impl Waits {
         loop {
             let now = Instant::now();
             let is_due = |wait: &mut Wait| wait.due <= now;
-            let mut tasks = self.tasks.borrow_mut();
-            tasks.iter_mut().filter_map(|wait| wait.take_if(is_due)).for_each(|wait| wait.task.wake());
-            let next = tasks.iter().flatten().map(|wait| wait.due).min();
-            drop(tasks);
+            for wait in self.tasks.borrow_mut().iter_mut().filter_map(|wait| wait.take_if(is_due)) {
+                wait.task.wake();
+            }
+            let next = self.tasks.borrow().iter().flatten().map(|wait| wait.due).min();
             self.next_due.set(next);
             let timer = async {
                 match next {
