@@ -94,7 +94,7 @@ fn serve(options: Options) -> Result<(), String> {
     server.remark(&["Serving on ", &address]);
     server.spawn(server.serve_clients(listener));
     server.spawn(server.stop_on_signals(signals));
-    server.spawn(server.waits.wake_the_due(LOOK_AGAIN.min(server.options.timeout / 8)));
+    server.spawn(server.deadlines.wake_the_due(LOOK_AGAIN.min(server.options.timeout / 8)));
     server.spawn(observe(server));
     server.spawn(async { finish(server.transcript.write(output).await, 1) });
     for name in ["", &port, &address] {
@@ -293,12 +293,13 @@ impl Waiters {
     }
 }
 
-/// When a task that waits for a place looks again by itself; by this at most any task is woken late.
+/// When a task that waits for a place looks again by itself. Any task is woken late by this at most.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// Tasks of connections that wait, by descriptor.
+/// Tasks of connections that wait for their client or for a place, and until when.
 #[derive(Default)]
-struct Waits {
+struct Deadlines {
+    /// By descriptor.
     tasks: RefCell<Vec<Option<Wait>>>,
     /// No later than the earliest instant at which one of them is due.
     next_due: Cell<Option<Instant>>,
@@ -315,7 +316,7 @@ struct Wait {
     is_for_place: bool,
 }
 
-impl Waits {
+impl Deadlines {
     /// Notes what a descriptor's task waits for now, if it does.
     fn set(&self, descriptor: usize, wait: Option<Wait>) {
         let mut tasks = self.tasks.borrow_mut();
@@ -428,7 +429,7 @@ pub struct Server {
     places_taken: Cell<usize>,
     /// A buffer that nobody uses: without it, each batch of lines would be an mmap and an munmap.
     spare: Cell<Vec<u8>>,
-    waits: Waits,
+    deadlines: Deadlines,
 }
 
 /// Listens on an address. Connections inherit its options, which so cost no call for each.
@@ -463,7 +464,7 @@ impl Server {
             grace_end: Cell::default(),
             places_taken: Cell::default(),
             spare: Cell::default(),
-            waits: Waits::default(),
+            deadlines: Deadlines::default(),
         }
     }
 
@@ -485,7 +486,7 @@ impl Server {
         next_signal(&signals).await;
         self.grace_end.set(Some(Instant::now() + GRACE));
         self.departure.wake_all();
-        self.waits.wake_all();
+        self.deadlines.wake_all();
         exit(128 + next_signal(&signals).await)
     }
 
@@ -765,7 +766,7 @@ impl<'a> Connection<'a> {
     /// Waits for the client, or for a place. The error is TIMEDOUT when the time for it is over.
     fn poll_client(&mut self, cx: &mut Context<'_>, awaited: Awaited) -> Poll<Result<(), Errno>> {
         let (server, descriptor) = (self.server, self.socket.as_raw_fd() as usize);
-        server.waits.set(descriptor, None);
+        server.deadlines.set(descriptor, None);
         if awaited != Awaited::Place {
             let io = match &mut self.io {
                 Some(io) => io,
@@ -793,7 +794,7 @@ impl<'a> Connection<'a> {
             return Poll::Ready(Err(Errno::TIMEDOUT));
         }
         let due = if is_for_place { deadline.min(now + LOOK_AGAIN) } else { deadline };
-        server.waits.set(descriptor, Some(Wait { due, task: cx.waker().clone(), is_for_place }));
+        server.deadlines.set(descriptor, Some(Wait { due, task: cx.waker().clone(), is_for_place }));
         Poll::Pending
     }
 
@@ -874,7 +875,7 @@ impl<'a> Connection<'a> {
         }
         if mem::take(&mut self.has_place) {
             self.server.places_taken.set(self.server.places_taken.get() - 1);
-            self.server.waits.wake_for_place();
+            self.server.deadlines.wake_for_place();
         }
     }
 }
