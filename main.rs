@@ -6,8 +6,9 @@
 //! ```
 //!
 //! Read from the top, this file follows one line from the socket to the screen: the program and its
-//! pipeline, the options, what tasks wait for, the server, a connection, the subject, the
-//! operators, standard output, text, and the health check.
+//! pipeline, the options, waiting, the server, permits and deadlines, a connection, the subject, the
+//! operators, standard output, text, errors, and the health check. What is `pub` is for the tests, which
+//! include this file as a module.
 
 #![forbid(unsafe_code)]
 
@@ -50,25 +51,28 @@ compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 // ---------------------------------------------------------------- the program
 
 fn main() -> ! {
-    // Blocked, these signals kill nobody: `write` fails instead, with EPIPE (a silent end) or EFBIG (a
-    // sentence). Blocking can't fail.
+    // Blocked, these signals kill nobody: `write` fails instead, with EPIPE (a silent end) or EFBIG (an
+    // error message). Blocking can't fail.
     let _ = SigSet::from_iter([SIGPIPE, SIGXFSZ]).thread_block();
-    let words = env::args_os().skip(1).map(|word| Some(word.to_string_lossy().into_owned()));
-    let outcome = match Command::parse(Arguments(words.collect())) {
+    let args = env::args_os().skip(1).map(|arg| Some(arg.to_string_lossy().into_owned()));
+    let outcome = match Command::parse(Arguments(args.collect())) {
         Ok(Command::Serve(options)) => serve(options),
         Ok(Command::Health(address, name)) => probe(address, &name),
-        // Whoever closes the pipe has read enough.
-        Ok(Command::Print(text)) => rustix::io::write(stdout(), text.as_bytes()).map(drop).or(Ok(())),
-        Err(message) => finish(Err(message + "; see smolrx --help"), 2),
+        Ok(Command::Print(text)) => match rustix::io::write(stdout(), text.as_bytes()) {
+            // Whoever closes a pipe has read enough.
+            Ok(_) | Err(Errno::PIPE) => Ok(()),
+            Err(error) => Err(failure(&["write to stdout"], error)),
+        },
+        Err(message) => exit_with(Err(message + "; see smolrx --help"), 2),
     };
-    finish(outcome, 1)
+    exit_with(outcome, 1)
 }
 
-/// Ends the process: with 0, or if it failed with that status, after its sentence. (By `_exit`: nothing
-/// is buffered, and so std's clean-up after `main` would do nothing.)
-fn finish(outcome: Result<(), String>, status_if_failed: i32) -> ! {
+/// Ends the process: with 0, or after an error message with `status_if_failed`. (By `_exit`: nothing is
+/// buffered, and so std's clean-up after `main` would do nothing.)
+fn exit_with(outcome: Result<(), String>, status_if_failed: i32) -> ! {
     if let Err(message) = outcome {
-        Output::to(stderr()).complain(&message);
+        Output::to(stderr()).print_error(&message);
         exit(status_if_failed)
     }
     exit(0)
@@ -90,19 +94,20 @@ fn serve(options: Options) -> Result<(), String> {
     let (address, port) = (address_text(address), decimal(address.port().into()));
 
     // Tasks borrow the server for as long as the process lives.
-    let server: &'static Server = Box::leak(Box::new(Server::new(options)));
-    server.remark(&["Serving on ", &address]);
+    let server = leak(Server::new(options));
+    server.log(&["Serving on ", &address]);
+    server.spawn(server.stop_on_signals(signals, listener.clone()));
     server.spawn(server.serve_clients(listener));
-    server.spawn(server.stop_on_signals(signals));
-    server.spawn(server.deadlines.wake_the_due(LOOK_AGAIN.min(server.options.timeout / 8)));
+    // A short timeout is kept more exactly.
+    server.spawn(server.deadlines.wake_the_due(RETRY.min(server.options.timeout / 8)));
     server.spawn(observe(server));
-    server.spawn(async { finish(server.transcript.write(output).await, 1) });
+    server.spawn(async { exit_with(server.transcript.write(output).await, 1) });
     for name in ["", &port, &address] {
         match health_socket(name) {
-            Ok(socket) => server.spawn(answer_probes(socket)),
+            Ok(socket) => server.spawn(server.answer_probes(socket)),
             // Another server of this network namespace has that name: it is the one to ask.
             Err(Errno::ADDRINUSE) => {}
-            Err(error) => server.stderr.complain(&failure(&["answer --health"], error)),
+            Err(error) => server.stderr.print_error(&failure(&["answer --health"], error)),
         }
     }
     // What `executor.run` does, without its queues for work stealing (3 kB).
@@ -116,6 +121,11 @@ fn serve(options: Options) -> Result<(), String> {
     })
 }
 
+/// Keeps a value for as long as the process lives.
+fn leak<T>(value: T) -> &'static T {
+    Box::leak(Box::new(value))
+}
+
 /// The experiment itself: subject → merge(timer) → debounce → observer.
 ///
 /// It goes on until the server has served its last client and nothing is pending.
@@ -126,14 +136,9 @@ async fn observe(server: &'static Server) {
     let mut events = pin!(server.lines.observe().merge(clock).debounce(Realtime, debounce, max_wait));
     while let Some(event) = events.next().await {
         poll_fn(|cx| server.transcript.poll_ready(cx)).await;
-        server.transcript.line(&[if quiet { "" } else { "Observing " }, &event]);
+        server.transcript.push_line(&[if quiet { "" } else { "Observing " }, &event]);
     }
     server.transcript.close();
-}
-
-/// What an operation that failed is reported as.
-fn failure(what: &[&str], error: Errno) -> String {
-    ["cannot ", &what.concat(), ": ", &reason(error)].concat()
 }
 
 // ---------------------------------------------------------------- the options
@@ -144,8 +149,8 @@ A TCP server whose lines become a debounced event stream.
 
   --tcp-port PORT   port to listen on; 0 takes a free one [8888]
   --interval MS     period of the clock, at least 10 [60000]
-  --debounce MS     silence that ends a burst; only its last event is given
-                    out [a tenth of --interval]
+  --debounce MS     silence that ends a burst; only its last event is
+                    emitted [a tenth of --interval]
   --max-wait MS     longest time for which a burst holds an event back [none]
   --bind ADDR       IPv4 or IPv6 address to listen on [0.0.0.0]
   --keep-open       serve every line until the client closes
@@ -164,7 +169,7 @@ A TCP server whose lines become a debounced event stream.
 /// What the command line asks for.
 pub enum Command {
     Serve(Options),
-    /// Whose health: an address, and what of it was given: address and port, the port, or nothing.
+    /// Of the server at an address, and its name (see `health_address`).
     Health(SocketAddr, String),
     Print(&'static str),
 }
@@ -183,17 +188,18 @@ pub struct Options {
 }
 
 impl Command {
-    /// The error is a sentence that names the option, and the value as it was typed.
+    /// The error names the option, and the value as it was typed.
     pub fn parse(mut args: Arguments) -> Result<Command, String> {
-        if args.has(["-h", "--help"]) {
+        if args.has(&["-h", "--help"]) {
             return Ok(Command::Print(HELP));
         }
-        if args.has(["-V", "--version"]) {
+        if args.has(&["-V", "--version"]) {
             return Ok(Command::Print(concat!("smolrx ", env!("CARGO_PKG_VERSION"), "\n")));
         }
         let milliseconds = |number: u32| Duration::from_millis(number.into());
-        let ip =
-            |typed: String| typed.parse().map_err(|_| misfit("--bind", "an IPv4 or IPv6 address", &typed));
+        let ip = |typed: String| {
+            typed.parse().map_err(|_| invalid_value("--bind", "an IPv4 or IPv6 address", &typed))
+        };
         let bind = args.value("--bind")?.map(ip).transpose()?;
         let port = args.number("--tcp-port", 0, 65_535)?;
         let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
@@ -204,15 +210,15 @@ impl Command {
             interval: milliseconds(interval),
             debounce: milliseconds(args.number("--debounce", 1, u32::MAX)?.unwrap_or(interval / 10)),
             max_wait: args.number("--max-wait", 1, u32::MAX)?.map(milliseconds),
-            keep_open: args.has(["--keep-open"; 2]),
+            keep_open: args.has(&["--keep-open"]),
             max_conns: args.number("--max-conns", 1, u32::MAX)?.unwrap_or(1024) as usize,
             max_line: args.number("--max-line", 1, u32::MAX - 1)?.unwrap_or(65_536) as usize,
             timeout: milliseconds(args.number("--timeout", 1, u32::MAX)?.unwrap_or(60_000)),
-            quiet: args.has(["-q", "--quiet"]),
+            quiet: args.has(&["-q", "--quiet"]),
         };
-        let health = args.has(["--health"; 2]);
-        if let Some(word) = args.0.iter().flatten().next() {
-            return Err(["unexpected argument '", word, "'"].concat());
+        let health = args.has(&["--health"]);
+        if let Some(arg) = args.0.iter().flatten().next() {
+            return Err(["unexpected argument '", arg, "'"].concat());
         }
         if !health {
             return Ok(Command::Serve(options));
@@ -226,13 +232,14 @@ impl Command {
     }
 }
 
-/// The words of the command line; each becomes None once it is understood.
+/// The arguments of the command line. One that is understood becomes None; were it removed, the next one
+/// might pass for the value of an option before it.
 pub struct Arguments(pub Vec<Option<String>>);
 
 impl Arguments {
-    /// Whether an option is given, by either of its names (one that has one name repeats it).
-    fn has(&mut self, names: [&str; 2]) -> bool {
-        let given = |word: &&mut Option<String>| word.as_deref().is_some_and(|word| names.contains(&word));
+    /// Whether an option is given, by any of its names.
+    fn has(&mut self, names: &[&str]) -> bool {
+        let given = |arg: &&mut Option<String>| arg.as_deref().is_some_and(|arg| names.contains(&arg));
         self.0.iter_mut().filter(given).filter_map(Option::take).count() > 0
     }
 
@@ -240,7 +247,7 @@ impl Arguments {
     fn value(&mut self, option: &str) -> Result<Option<String>, String> {
         let mut last = None;
         for i in 0..self.0.len() {
-            let rest = self.0[i].as_deref().and_then(|word| word.strip_prefix(option));
+            let rest = self.0[i].as_deref().and_then(|arg| arg.strip_prefix(option));
             let value = match rest {
                 Some("") => self.0.get_mut(i + 1).and_then(Option::take),
                 Some(rest) if rest.starts_with('=') => Some(rest[1..].to_owned()),
@@ -257,28 +264,29 @@ impl Arguments {
         let Some(typed) = self.value(option)? else { return Ok(None) };
         let number = typed.parse().ok().filter(|number| (min..=max).contains(number));
         let wanted = || ["a whole number from ", &decimal(min.into()), " to ", &decimal(max.into())].concat();
-        number.map(Some).ok_or_else(|| misfit(option, &wanted(), &typed))
+        number.map(Some).ok_or_else(|| invalid_value(option, &wanted(), &typed))
     }
 }
 
-fn misfit(option: &str, wanted: &str, typed: &str) -> String {
+fn invalid_value(option: &str, wanted: &str, typed: &str) -> String {
     ["option '", option, "' takes ", wanted, ", not '", typed, "'"].concat()
 }
 
-// ---------------------------------------------------------------- what tasks wait for
+// ---------------------------------------------------------------- waiting
 
-/// Tasks that wait for something to change. Whoever changes it wakes them.
+/// A condition variable for tasks: those that wait for a change, until whoever makes it wakes them.
 #[derive(Default)]
 pub struct Waiters(RefCell<Vec<Waker>>);
 
 impl Waiters {
-    /// Ready if what is waited for `holds`; if not, the task is woken at the next change.
+    /// Ready if the condition `holds`; else the task is woken at the next change, and asks again.
     fn poll_until(&self, cx: &mut Context<'_>, holds: bool) -> Poll<()> {
         if holds {
             return Poll::Ready(());
         }
         let mut tasks = self.0.borrow_mut();
-        if !tasks.last().is_some_and(|task| task.will_wake(cx.waker())) {
+        // A few tasks may ask many times before something changes: they are kept once.
+        if !tasks.iter().rev().take(4).any(|task| task.will_wake(cx.waker())) {
             tasks.push(cx.waker().clone());
         }
         Poll::Pending
@@ -290,108 +298,6 @@ impl Waiters {
 
     pub fn wake_all(&self) {
         self.0.borrow_mut().drain(..).for_each(Waker::wake);
-    }
-}
-
-/// When a task that waits for a place looks again by itself. Any task is woken late by this at most.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
-
-/// Tasks of connections that wait for their client or for a place, and until when.
-#[derive(Default)]
-struct Deadlines {
-    /// By descriptor.
-    tasks: RefCell<Vec<Option<Wait>>>,
-    /// No later than the earliest instant at which one of them is due.
-    next_due: Cell<Option<Instant>>,
-    /// `wake_the_due`, which waits for an earlier one.
-    earlier: Waiters,
-    /// The descriptor at which the turn of those who wait for a place begins; none if nobody does.
-    place_turn: Cell<Option<usize>>,
-}
-
-struct Wait {
-    /// When to wake it in any case.
-    due: Instant,
-    task: Waker,
-    is_for_place: bool,
-}
-
-impl Deadlines {
-    /// Notes what a descriptor's task waits for now, if it does.
-    fn set(&self, descriptor: usize, wait: Option<Wait>) {
-        let mut tasks = self.tasks.borrow_mut();
-        if tasks.len() <= descriptor {
-            tasks.resize_with(descriptor + 1, || None);
-        }
-        if let Some(Wait { due, is_for_place, .. }) = wait {
-            if is_for_place {
-                self.place_turn.set(self.place_turn.get().or(Some(0)));
-            }
-            if self.next_due.get().is_none_or(|next| due < next) {
-                self.next_due.set(Some(due));
-                self.earlier.wake_all();
-            }
-        }
-        tasks[descriptor] = wait;
-    }
-
-    fn wake_all(&self) {
-        self.tasks.borrow_mut().iter_mut().filter_map(Option::take).for_each(|wait| wait.task.wake());
-    }
-
-    /// Wakes the next task that waits for a place; they take turns.
-    fn wake_for_place(&self) {
-        let Some(turn) = self.place_turn.get() else { return };
-        let mut tasks = self.tasks.borrow_mut();
-        let is_next =
-            |&i: &usize| tasks.get(i).and_then(Option::as_ref).is_some_and(|wait| wait.is_for_place);
-        let next = (turn..tasks.len()).chain(0..turn).find(is_next);
-        self.place_turn.set(next.map(|i| i + 1));
-        if let Some(wait) = next.and_then(|i| tasks[i].take()) {
-            wait.task.wake();
-        }
-    }
-
-    /// Wakes the tasks that are due, late by a `pause` at most: each of them tries once more, and then
-    /// judges if its client's time is over. One timer serves all, and none while nobody is waited for;
-    /// never returns.
-    async fn wake_the_due(&self, pause: Duration) {
-        loop {
-            let now = Instant::now();
-            let is_due = |wait: &mut Wait| wait.due <= now;
-            for wait in self.tasks.borrow_mut().iter_mut().filter_map(|wait| wait.take_if(is_due)) {
-                wait.task.wake();
-            }
-            let next = self.tasks.borrow().iter().flatten().map(|wait| wait.due).min();
-            self.next_due.set(next);
-            let timer = async {
-                match next {
-                    Some(next) => Timer::at(next.max(now + pause)).await,
-                    None => future::pending().await,
-                };
-            };
-            future::or(timer, self.earlier.wait_until(|| self.next_due.get() != next)).await;
-        }
-    }
-}
-
-/// SIGINT and SIGTERM, as a descriptor to read. To be called before the first thread is started:
-/// threads inherit what is blocked.
-fn block_signals() -> Result<Async<SignalFd>, Errno> {
-    let signals = SigSet::from_iter([SIGINT, SIGTERM]);
-    let _ = signals.thread_block();
-    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-    let signals = SignalFd::with_flags(&signals, flags).map_err(|error| errno(error.into()))?;
-    Async::new_nonblocking(signals).map_err(errno)
-}
-
-/// The number of the next one.
-async fn next_signal(signals: &Async<SignalFd>) -> i32 {
-    loop {
-        if let Ok(Some(signal)) = signals.get_ref().read_signal() {
-            return signal.ssi_signo as i32;
-        }
-        let _ = poll_fn(|cx| signals.poll_readable(cx)).await;
     }
 }
 
@@ -417,19 +323,22 @@ pub struct Server {
     /// Every line received, by whichever client.
     pub lines: Subject<String>,
     pub transcript: Transcript,
-    /// Where sentences go; opened at the start, as later there may be no descriptor for it.
+    /// For error messages; opened at the start, as later there may be no descriptor for it.
     stderr: Output,
     /// Clients that are connected.
     pub connected: Cell<usize>,
-    /// Wait until a client has left or the server stops.
+    /// Wait until a client has left.
     departure: Waiters,
     /// Set by the first signal: when clients are waited for no longer.
     grace_end: Cell<Option<Instant>>,
-    /// How many of the `PLACES` are taken.
-    places_taken: Cell<usize>,
-    /// A buffer that nobody uses: without it, each batch of lines would be an mmap and an munmap.
-    spare: Cell<Vec<u8>>,
+    /// Wait for that signal.
+    stop: Waiters,
+    /// How many of the `PERMITS` are taken.
+    permits_taken: Cell<usize>,
     deadlines: Deadlines,
+    /// A free buffer, for the next connection that reads: else each batch of lines would be an mmap and
+    /// an munmap.
+    spare: Cell<Vec<u8>>,
 }
 
 /// Listens on an address. Connections inherit its options, which so cost no call for each.
@@ -447,7 +356,8 @@ fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
     }
     net::bind(&socket, &address)?;
     net::listen(&socket, BACKLOG)?;
-    // Registers it with the reactor; async-net's own `bind` takes neither backlog nor options.
+    // Registers it with the reactor, and gives it back in an `Arc`. async-net's own `bind` takes neither backlog
+    // nor options.
     Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
 
@@ -462,9 +372,10 @@ impl Server {
             connected: Cell::default(),
             departure: Waiters::default(),
             grace_end: Cell::default(),
-            places_taken: Cell::default(),
-            spare: Cell::default(),
+            stop: Waiters::default(),
+            permits_taken: Cell::default(),
             deadlines: Deadlines::default(),
+            spare: Cell::default(),
         }
     }
 
@@ -482,10 +393,13 @@ impl Server {
     }
 
     /// Stops at the first signal; the second one is the end.
-    async fn stop_on_signals(&self, signals: Async<SignalFd>) {
+    async fn stop_on_signals(&self, signals: Async<SignalFd>, listener: Arc<Async<TcpListener>>) {
         next_signal(&signals).await;
+        // The backlog keeps those who are in it, and lets in newcomers one at a time.
+        let _ = net::listen(&listener, 0);
+        drop(listener);
         self.grace_end.set(Some(Instant::now() + GRACE));
-        self.departure.wake_all();
+        self.stop.wake_all();
         self.deadlines.wake_all();
         exit(128 + next_signal(&signals).await)
     }
@@ -494,31 +408,27 @@ impl Server {
     /// in the backlog and hardly anybody else.
     async fn accept(&'static self, listener: &Async<TcpListener>) {
         let mut warned: Option<Instant> = None;
-        let mut backlog = BACKLOG;
+        let mut accepted_at_stop = 0;
         loop {
             self.departure.wait_until(|| self.connected.get() < self.options.max_conns).await;
             if self.is_stopping() {
-                // The backlog takes one client at a time now; a flood of them has an end all the same.
-                let _ = net::listen(listener, 0);
-                backlog -= 1;
-            }
-            if backlog < 0 || self.grace_is_over() {
-                return;
+                // A flood of newcomers has an end all the same.
+                if accepted_at_stop > BACKLOG {
+                    return;
+                }
+                accepted_at_stop += 1;
             }
             match net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
                     if let Some(Ok(peer)) = peer.map(SocketAddr::try_from) {
-                        self.welcome(socket.into(), peer);
+                        self.handle_client(socket.into(), peer);
                     }
                     if self.connected.get().is_multiple_of(ACCEPTED_AT_ONCE) {
                         future::yield_now().await;
                     }
                 }
                 Err(Errno::AGAIN) if self.is_stopping() => return,
-                Err(Errno::AGAIN) => {
-                    let client = poll_fn(|cx| listener.poll_readable(cx).map(drop));
-                    future::or(client, self.departure.wait_until(|| self.is_stopping())).await;
-                }
+                Err(Errno::AGAIN) => poll_fn(|cx| self.poll_readable(cx, listener)).await,
                 // The client left before its turn came.
                 Err(Errno::CONNABORTED | Errno::INTR) => {}
                 // Nobody is left whose end would free what it lacks.
@@ -526,7 +436,7 @@ impl Server {
                 Err(error) => {
                     if warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
                         warned = Some(Instant::now());
-                        self.stderr.complain(&[&failure(&["accept"], error), "; trying again"].concat());
+                        self.stderr.print_error(&[&failure(&["accept"], error), "; trying again"].concat());
                     }
                     Timer::after(BACK_OFF).await;
                 }
@@ -535,13 +445,21 @@ impl Server {
     }
 
     /// Starts the task of a new client, whose socket does not block.
-    pub fn welcome(&'static self, socket: TcpStream, peer: SocketAddr) {
+    pub fn handle_client(&'static self, socket: TcpStream, peer: SocketAddr) {
         self.connected.set(self.connected.get() + 1);
         self.spawn(async move {
-            Connection::new(self, &socket, peer).converse().await;
+            Connection::new(self, &socket, peer).run().await;
             self.connected.set(self.connected.get() - 1);
             self.departure.wake_all();
         });
+    }
+
+    /// Ready when there is something to read, or the server stops.
+    fn poll_readable<T>(&self, cx: &mut Context<'_>, io: &Async<T>) -> Poll<()> {
+        match self.stop.poll_until(cx, self.is_stopping()) {
+            Poll::Ready(()) => Poll::Ready(()),
+            Poll::Pending => io.poll_readable(cx).map(drop),
+        }
     }
 
     fn is_stopping(&self) -> bool {
@@ -563,9 +481,116 @@ impl Server {
     }
 
     /// Prints a line that `--quiet` leaves out.
-    fn remark(&self, parts: &[&str]) {
+    fn log(&self, parts: &[&str]) {
         if !self.options.quiet {
-            self.transcript.line(parts);
+            self.transcript.push_line(parts);
+        }
+    }
+}
+
+/// SIGINT and SIGTERM, as a descriptor to read. To be called before the first thread is started:
+/// threads inherit what is blocked.
+fn block_signals() -> Result<Async<SignalFd>, Errno> {
+    let signals = SigSet::from_iter([SIGINT, SIGTERM]);
+    let _ = signals.thread_block();
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    let signals = SignalFd::with_flags(&signals, flags).map_err(|error| errno(error.into()))?;
+    Async::new_nonblocking(signals).map_err(errno)
+}
+
+/// The number of the next one.
+async fn next_signal(signals: &Async<SignalFd>) -> i32 {
+    loop {
+        if let Ok(Some(signal)) = signals.get_ref().read_signal() {
+            return signal.ssi_signo as i32;
+        }
+        let _ = poll_fn(|cx| signals.poll_readable(cx)).await;
+    }
+}
+
+// ---------------------------------------------------------------- permits and deadlines
+
+/// Bytes that each connection may hold, of a line that is not yet whole or an echo that is not yet taken.
+const ALLOWANCE: usize = 256;
+/// So many connections at once have a permit to hold more, up to a whole line: as none of them needs
+/// another permit, no two wait for each other.
+const PERMITS: usize = 8;
+/// What an attempt fails with that needs a permit.
+const NEEDS_PERMIT: Errno = Errno::NOMEM;
+/// How often a task that waits for a permit tries by itself. No task is woken later than due by more.
+const RETRY: Duration = Duration::from_millis(100);
+
+/// What wakes a connection's task if its client does not: its timeout, or where it waits for a permit its
+/// turn. One table serves both.
+#[derive(Default)]
+struct Deadlines {
+    /// By descriptor.
+    tasks: RefCell<Vec<Option<Wait>>>,
+    /// No later than the earliest instant at which one of them is due.
+    next_due: Cell<Option<Instant>>,
+    /// `wake_the_due`, which waits for an earlier one.
+    earlier: Waiters,
+    /// The descriptor from which on the next one that waits for a permit is searched; none if no task
+    /// waits for one, so that a permit given back, which most reads end with, searches nothing.
+    permit_turn: Cell<Option<usize>>,
+}
+
+struct Wait {
+    /// When to wake it in any case.
+    due: Instant,
+    task: Waker,
+    is_for_permit: bool,
+}
+
+impl Deadlines {
+    /// Notes what a descriptor's task waits for now, if it does.
+    fn set(&self, descriptor: usize, wait: Option<Wait>) {
+        let mut tasks = self.tasks.borrow_mut();
+        if tasks.len() <= descriptor {
+            tasks.resize_with(descriptor + 1, || None);
+        }
+        if let Some(Wait { due, is_for_permit, .. }) = wait {
+            if is_for_permit {
+                self.permit_turn.set(self.permit_turn.get().or(Some(0)));
+            }
+            if self.next_due.get().is_none_or(|next| due < next) {
+                self.next_due.set(Some(due));
+                self.earlier.wake_all();
+            }
+        }
+        tasks[descriptor] = wait;
+    }
+
+    fn wake_all(&self) {
+        self.tasks.borrow_mut().iter_mut().filter_map(Option::take).for_each(|wait| wait.task.wake());
+    }
+
+    /// Wakes the next task that waits for a permit; they take turns.
+    fn wake_for_permit(&self) {
+        let Some(turn) = self.permit_turn.get() else { return };
+        let mut tasks = self.tasks.borrow_mut();
+        let is_next = |&i: &usize| tasks[i].as_ref().is_some_and(|wait| wait.is_for_permit);
+        let next = (turn..tasks.len()).chain(0..turn).find(is_next);
+        self.permit_turn.set(next.map(|i| i + 1));
+        if let Some(wait) = next.and_then(|i| tasks[i].take()) {
+            wait.task.wake();
+        }
+    }
+
+    /// Wakes the tasks that are due, later by `resolution` at most: each of them tries once more, and then
+    /// judges if its client's time is over. One timer serves all. Never returns.
+    async fn wake_the_due(&self, resolution: Duration) {
+        loop {
+            let now = Instant::now();
+            let is_due = |wait: &mut Wait| wait.due <= now;
+            for wait in self.tasks.borrow_mut().iter_mut().filter_map(|wait| wait.take_if(is_due)) {
+                wait.task.wake();
+            }
+            let next = self.tasks.borrow().iter().flatten().map(|wait| wait.due).min();
+            self.next_due.set(next);
+            let timer = next.map_or_else(Timer::never, |next| Timer::at(next.max(now + resolution)));
+            let earlier = self.earlier.wait_until(|| self.next_due.get() != next);
+            future::or(async { _ = timer.await }, earlier).await;
         }
     }
 }
@@ -574,11 +599,6 @@ impl Server {
 
 /// Bytes that are read at once.
 const CHUNK: usize = 4096;
-/// Bytes that each connection may hold, of a line that is not yet whole or an echo that is not yet taken.
-const ALLOWANCE: usize = 256;
-/// So many connections at once may hold more, up to a whole line: as none of them needs another place,
-/// no two wait for each other.
-const PLACES: usize = 8;
 /// Bytes of echo that leave at once, whatever the client's window and segments are like; they
 /// can't be lost when the connection closes behind them.
 const LEAVES_AT_ONCE: usize = 512;
@@ -593,39 +613,43 @@ struct Connection<'a> {
     io: Option<Async<BorrowedFd<'a>>>,
     /// Bytes received and not yet echoed.
     buffer: Vec<u8>,
-    /// So many of them are received lines, to be echoed.
+    /// How many bytes at its start are whole lines that are still to be echoed.
     unsent: usize,
-    /// Bytes of all lines received so far.
-    received: usize,
+    /// Bytes of all lines so far.
+    emitted: usize,
     /// Why the echo was given up.
     echo_error: Option<Errno>,
     /// There may be bytes to read right now.
     readable: bool,
-    /// It has one of the `PLACES`.
-    has_place: bool,
-    /// What was waited for last.
+    /// It has one of the `PERMITS`.
+    has_permit: bool,
+    /// What was awaited last.
     awaited: Awaited,
-    /// Until when: counted from the client's last byte; none while the server is at work for it.
+    /// When the client has taken too long for it, which was counted from its last byte; none while the
+    /// server is at work for it.
     deadline: Option<Instant>,
 }
 
+/// What a connection's task waits for.
 #[derive(Clone, Copy, PartialEq)]
 enum Awaited {
-    Line,
-    /// In the socket, for the echo.
+    /// Bytes from the client.
+    Bytes,
+    /// Room in the socket's send buffer, for the echo.
     Room,
-    /// For bytes that are there.
-    Place,
-    /// That the client closes, until then.
+    /// A permit to read the bytes that are there.
+    Permit,
+    /// The client's end of the connection, until this instant.
     Close(Instant),
 }
 
-/// What a conversation goes on with.
+/// What a connection goes on with.
 enum Next {
-    /// More bytes.
+    /// To read more bytes.
     Read,
-    /// The lines that are there, once the server takes more.
-    Receive,
+    /// To emit the lines that are in the buffer, once the server is ready.
+    Emit,
+    /// To close.
     Close,
 }
 
@@ -638,42 +662,46 @@ impl<'a> Connection<'a> {
             io: None,
             buffer: Vec::new(),
             unsent: 0,
-            received: 0,
+            emitted: 0,
             echo_error: None,
             readable: true,
-            has_place: false,
-            awaited: Awaited::Line,
+            has_permit: false,
+            awaited: Awaited::Bytes,
             deadline: None,
         }
     }
 
     /// Receives lines and sends them back: one, or with `--keep-open` all that come.
-    async fn converse(&mut self) {
+    async fn run(&mut self) {
         let server = self.server;
-        let (mut next, mut ended) = (Next::Read, false);
-        let mut searched;
+        let (mut next, mut ended, mut late) = (Next::Read, false, 0);
         loop {
-            match next {
-                Next::Read if !server.grace_is_over() => {
-                    searched = self.buffer.len();
-                    match poll_fn(|cx| self.poll_attempt(cx, Awaited::Line, Self::try_read)).await {
+            let searched = match next {
+                // What is there when the grace is over counts, but a client that never pauses has an end, too.
+                Next::Read if late <= server.options.max_line => {
+                    let searched = self.buffer.len();
+                    match poll_fn(|cx| self.poll_attempt(cx, Awaited::Bytes, Self::try_read)).await {
                         // After a failed echo, a reset looks like an end.
                         Ok(0) if self.echo_error == Some(Errno::CONNRESET) => break,
-                        Ok(count) => ended = count == 0,
+                        Ok(count) => {
+                            ended = count == 0;
+                            late += if server.grace_is_over() { count } else { 0 };
+                        }
                         // It was reset, or waited for long enough: an unfinished line is no line.
                         Err(_) => break,
                     }
+                    searched
                 }
-                Next::Receive => {
-                    searched = 0;
+                Next::Emit => {
                     poll_fn(|cx| server.poll_ready(cx)).await;
+                    0
                 }
-                _ => break,
-            }
-            next = self.receive_lines(searched, ended);
+                Next::Read | Next::Close => break,
+            };
+            next = self.emit_lines(searched, ended);
             while self.unsent > 0 {
                 let echo = poll_fn(|cx| self.poll_attempt(cx, Awaited::Room, Self::try_echo)).await;
-                // Only the echo is given up: what else has arrived is received.
+                // Only the echo is given up: what else has arrived is emitted.
                 self.echo_error = self.echo_error.or(echo.err());
             }
             self.release();
@@ -682,44 +710,44 @@ impl<'a> Connection<'a> {
                 future::yield_now().await;
             }
         }
-        // If bytes are there that nobody reads, closing makes the kernel reset the connection.
-        let has_more = !self.buffer.is_empty() || self.readable && matches!(self.pass_over(), Ok(1..));
+        // A lingering close: with bytes that nobody has read, `close` makes the kernel send a reset, which may cost
+        // the client the end of its echo. So the sending side is shut down first, and what comes is discarded.
+        let has_unread = !self.buffer.is_empty() || (self.readable && matches!(self.discard(), Ok(1..)));
         self.buffer.clear();
         self.release();
         if !ended && self.echo_error.is_none() {
-            // The echo's end goes first: a reset, should the client send more, comes too late for harm.
             let _ = net::shutdown(self.socket, Shutdown::Write);
             let end = Instant::now() + GRACE;
-            let mut lingers = self.received > LEAVES_AT_ONCE || self.received > 0 && has_more;
+            let mut lingers = self.emitted > LEAVES_AT_ONCE || (self.emitted > 0 && has_unread);
             while lingers {
-                let passed = poll_fn(|cx| self.poll_attempt(cx, Awaited::Close(end), Self::pass_over)).await;
+                let passed = poll_fn(|cx| self.poll_attempt(cx, Awaited::Close(end), Self::discard)).await;
                 lingers = matches!(passed, Ok(1..)) && Instant::now() < end && !server.grace_is_over();
                 future::yield_now().await;
             }
         }
-        if self.received > 0 {
-            server.remark(&["Close the client socket"]);
+        if self.emitted > 0 {
+            server.log(&["Close the client socket"]);
         }
     }
 
-    /// Hands on the whole lines at the start of the buffer, as far as the server takes them, and
-    /// marks them for the echo. So many bytes are known to hold no newline.
-    fn receive_lines(&mut self, mut searched: usize, ended: bool) -> Next {
+    /// Emits the whole lines at the start of the buffer to the subject, for as long as the server is ready,
+    /// and marks them for the echo. The first `searched` bytes hold no newline.
+    fn emit_lines(&mut self, mut searched: usize, ended: bool) -> Next {
         let (server, options) = (self.server, &self.server.options);
-        let mut from = String::new();
+        let mut middle = String::new(); // of two lines of the transcript, which all lines of this client share
         loop {
             let rest = &self.buffer[self.unsent..];
             match first_line(rest, searched, ended, options.max_line) {
-                Line::Whole(_) if !server.is_ready() => return Next::Receive,
+                Line::Whole(_) if !server.is_ready() => return Next::Emit,
                 Line::Whole(length) => {
-                    if from.is_empty() {
-                        from = [" from ", &address_text(self.peer), "\nSend: "].concat();
+                    if middle.is_empty() {
+                        middle = [" from ", &address_text(self.peer), "\nSend: "].concat();
                     }
                     let text = text_of(&rest[..length]);
-                    server.remark(&["Received ", &text, &from, &text]);
+                    server.log(&["Received ", &text, &middle, &text]);
                     server.lines.on_next(text);
                     self.unsent += length;
-                    self.received += length;
+                    self.emitted += length;
                     searched = 0;
                     if !options.keep_open {
                         return Next::Close;
@@ -729,8 +757,8 @@ impl<'a> Connection<'a> {
                 Line::Partial => return Next::Read,
                 Line::TooLong => {
                     let (peer, longest) = (address_text(self.peer), decimal(options.max_line as u64));
-                    let sentence = ["line from ", &peer, " is longer than ", &longest, " bytes"];
-                    server.stderr.complain(&sentence.concat());
+                    let message = ["line from ", &peer, " is longer than ", &longest, " bytes"];
+                    server.stderr.print_error(&message.concat());
                     self.buffer.truncate(self.unsent);
                     return Next::Close;
                 }
@@ -746,28 +774,29 @@ impl<'a> Connection<'a> {
         awaited: Awaited,
         attempt: fn(&mut Self) -> Result<usize, Errno>,
     ) -> Poll<Result<usize, Errno>> {
-        let mut in_time = Ok(());
+        self.server.deadlines.set(self.socket.as_raw_fd() as usize, None);
+        let mut waited = Ok(());
         loop {
             let awaited = match attempt(self) {
                 Err(Errno::AGAIN | Errno::INTR) => awaited,
-                Err(Errno::NOMEM) => Awaited::Place,
+                Err(NEEDS_PERMIT) => Awaited::Permit,
                 outcome => {
                     self.deadline = None;
                     return Poll::Ready(outcome);
                 }
             };
-            in_time?;
+            // The time was over before this attempt, which found nothing.
+            waited?;
             self.release();
-            in_time = ready!(self.poll_client(cx, awaited));
+            waited = ready!(self.poll_client(cx, awaited));
             self.readable = true;
         }
     }
 
-    /// Waits for the client, or for a place. The error is TIMEDOUT when the time for it is over.
+    /// Waits for the client, or for a permit. The error is TIMEDOUT when the time for it is over.
     fn poll_client(&mut self, cx: &mut Context<'_>, awaited: Awaited) -> Poll<Result<(), Errno>> {
-        let (server, descriptor) = (self.server, self.socket.as_raw_fd() as usize);
-        server.deadlines.set(descriptor, None);
-        if awaited != Awaited::Place {
+        let server = self.server;
+        if awaited != Awaited::Permit {
             let io = match &mut self.io {
                 Some(io) => io,
                 none => none.insert(Async::new_nonblocking(self.socket.as_fd()).map_err(errno)?),
@@ -778,38 +807,46 @@ impl<'a> Connection<'a> {
             }
         }
         let now = Instant::now();
-        let is_for_place = awaited == Awaited::Place;
-        // It has sent something since, or it is the server that keeps it waiting.
-        if awaited != self.awaited || is_for_place && !server.is_ready() {
+        let is_for_permit = awaited == Awaited::Permit;
+        // Awaiting something else is progress, and a server that is not ready keeps the client waiting: the time
+        // for it starts anew.
+        if awaited != self.awaited || (is_for_permit && !server.is_ready()) {
             (self.awaited, self.deadline) = (awaited, None);
         }
-        let end = if let Awaited::Close(end) = awaited { end } else { now + server.options.timeout };
+        let end = match awaited {
+            Awaited::Close(end) => end,
+            // What had arrived when its echo was given up counts, and nothing more.
+            Awaited::Bytes if self.echo_error.is_some() => now,
+            _ => now + server.options.timeout,
+        };
         let mut deadline = *self.deadline.get_or_insert(end);
-        if let Some(grace_end) = server.grace_end.get() {
+        // A permit comes: those who have one are subject to the grace period.
+        if let Some(grace_end) = server.grace_end.get().filter(|_| !is_for_permit) {
             // Between two lines, a server that stops waits for nobody.
-            let is_idle = awaited == Awaited::Line && self.buffer.is_empty();
+            let is_idle = awaited == Awaited::Bytes && self.buffer.is_empty();
             deadline = if is_idle { now } else { deadline.min(grace_end) };
         }
         if deadline <= now {
             return Poll::Ready(Err(Errno::TIMEDOUT));
         }
-        let due = if is_for_place { deadline.min(now + LOOK_AGAIN) } else { deadline };
-        server.deadlines.set(descriptor, Some(Wait { due, task: cx.waker().clone(), is_for_place }));
+        let due = if is_for_permit { deadline.min(now + RETRY) } else { deadline };
+        let wait = Wait { due, task: cx.waker().clone(), is_for_permit };
+        server.deadlines.set(self.socket.as_raw_fd() as usize, Some(wait));
         Poll::Pending
     }
 
-    /// Adds the bytes that are there right now, as far as there is room for them: with a place as many as
-    /// show that a line is too long, else what is left of the allowance, or the rest of a line.
+    /// Reads bytes that have arrived. With a permit, up to one more than the longest line has: it shows that
+    /// a line is too long. Without one, up to the allowance, and once that is full the rest of the line.
     fn try_read(&mut self) -> Result<usize, Errno> {
         if !self.readable {
             return Err(Errno::AGAIN);
         }
-        let taken = &self.server.places_taken;
-        if !self.has_place && taken.get() < PLACES {
+        let taken = &self.server.permits_taken;
+        if !self.has_permit && taken.get() < PERMITS {
             taken.set(taken.get() + 1);
-            self.has_place = true;
+            self.has_permit = true;
         }
-        let most = if self.has_place { self.server.options.max_line + 1 } else { ALLOWANCE };
+        let most = if self.has_permit { self.server.options.max_line + 1 } else { ALLOWANCE };
         let room = match most.saturating_sub(self.buffer.len()) {
             0 => self.rest_of_line()?,
             room => room.min(CHUNK),
@@ -827,8 +864,9 @@ impl<'a> Connection<'a> {
         Ok(bytes.len())
     }
 
-    /// The length of the rest of the line, if all of it has arrived and its echo can leave at once: it needs
-    /// no place. The error is else NOMEM, which here says that it needs one, and CONNRESET after a reset.
+    /// How many bytes are read without a permit: the rest of the line, if all of it has arrived and its echo
+    /// can leave at once, or what has arrived of a line that is too long, and so is refused. The error is
+    /// CONNRESET after a reset, else NEEDS_PERMIT.
     fn rest_of_line(&self) -> Result<usize, Errno> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let ((bytes, _), _) = net::recv(self.socket, &mut chunk, RecvFlags::PEEK)?;
@@ -838,10 +876,10 @@ impl<'a> Connection<'a> {
             None if state.contains(PollFlags::HUP) => return Err(Errno::CONNRESET),
             None if bytes.len() < CHUNK && state.contains(PollFlags::RDHUP) => bytes.len(),
             None if self.buffer.len() + bytes.len() > self.server.options.max_line => bytes.len(),
-            None => return Err(Errno::NOMEM),
+            None => return Err(NEEDS_PERMIT),
         };
         let leaves = self.echo_error.is_some() || state.contains(PollFlags::OUT);
-        if leaves && self.server.is_ready() { Ok(length) } else { Err(Errno::NOMEM) }
+        if leaves && self.server.is_ready() { Ok(length) } else { Err(NEEDS_PERMIT) }
     }
 
     /// Sends back what is marked for it as it came, and forgets it.
@@ -855,13 +893,13 @@ impl<'a> Connection<'a> {
         Ok(count)
     }
 
-    /// Reads what nobody wants.
-    fn pass_over(&mut self) -> Result<usize, Errno> {
+    /// Reads bytes that nobody needs.
+    fn discard(&mut self) -> Result<usize, Errno> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         Ok(rustix::io::read(self.socket, &mut chunk)?.0.len())
     }
 
-    /// Gives back what it need not hold: the room that is left, and the place if it can do without.
+    /// Gives back what it need not hold: the room that is left, and the permit if it can do without.
     fn release(&mut self) {
         if self.buffer.len() > ALLOWANCE {
             return;
@@ -873,9 +911,9 @@ impl<'a> Connection<'a> {
             spare.shrink_to(2 * CHUNK);
             self.server.spare.set(spare);
         }
-        if mem::take(&mut self.has_place) {
-            self.server.places_taken.set(self.server.places_taken.get() - 1);
-            self.server.deadlines.wake_for_place();
+        if mem::take(&mut self.has_permit) {
+            self.server.permits_taken.set(self.server.permits_taken.get() - 1);
+            self.server.deadlines.wake_for_permit();
         }
     }
 }
@@ -901,7 +939,7 @@ fn first_line(bytes: &[u8], searched: usize, ended: bool, longest: usize) -> Lin
 
 // ---------------------------------------------------------------- the subject
 
-/// Bytes of text that wait, in the subject and for stdout, before those who add more have to wait, too.
+/// Bytes that the subject holds, and likewise the transcript, before those who add more have to wait.
 const WAITING_TEXT: usize = 64 * 1024;
 
 /// Rx's subject, hot, as this program needs it: many call `on_next`, one observes. Unlike Rx's it
@@ -1026,7 +1064,7 @@ pub trait RxExt: Stream + Sized {
     /// Unlike futures-lite's `or` and `race` it ends when both streams have; while both have
     /// items, they take turns.
     fn merge<B: Stream<Item = Self::Item>>(self, other: B) -> Merge<Self, B> {
-        Merge { a: self.fuse(), b: other.fuse(), a_turn: false }
+        Merge { a: self.fuse(), b: other.fuse(), a_first: true }
     }
 
     /// Only the items that are followed by a `window` of silence, at its end; with a `max_wait`
@@ -1060,7 +1098,8 @@ pin_project! {
         a: stream::Fuse<A>,
         #[pin]
         b: stream::Fuse<B>,
-        a_turn: bool,
+        // The one that is asked first; they take turns.
+        a_first: bool,
     }
 }
 
@@ -1069,16 +1108,13 @@ impl<A: Stream, B: Stream<Item = A::Item>> Stream for Merge<A, B> {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<A::Item>> {
         let mut this = self.project();
-        let mut ended = true;
-        for _ in 0..2 {
-            *this.a_turn = !*this.a_turn;
-            let polled =
-                if *this.a_turn { this.a.as_mut().poll_next(cx) } else { this.b.as_mut().poll_next(cx) };
+        let (mut ended, a_first) = (true, *this.a_first);
+        for is_a in [a_first, !a_first] {
+            let polled = if is_a { this.a.as_mut().poll_next(cx) } else { this.b.as_mut().poll_next(cx) };
             match polled {
                 Poll::Ready(None) => {}
                 Poll::Ready(item) => {
-                    // The other has nothing: it is asked at every second item only.
-                    *this.a_turn ^= !ended;
+                    *this.a_first = !a_first;
                     return Poll::Ready(item);
                 }
                 Poll::Pending => ended = false,
@@ -1109,8 +1145,8 @@ struct Pending<T> {
     item: T,
     /// When it comes out, unless it is replaced.
     due: Instant,
-    /// When the burst has held items back for long enough.
-    latest: Option<Instant>,
+    /// When it comes out in any case: `max_wait` after the first item of the burst.
+    deadline: Option<Instant>,
 }
 
 impl<A: Stream, S: Scheduler> Stream for Debounce<A, S> {
@@ -1126,13 +1162,13 @@ impl<A: Stream, S: Scheduler> Stream for Debounce<A, S> {
         loop {
             match this.source.as_mut().poll_next(cx) {
                 Poll::Ready(Some(item)) => {
-                    let latest = match this.pending {
-                        Some(pending) => pending.latest,
+                    let deadline = match this.pending {
+                        Some(pending) => pending.deadline,
                         None => this.max_wait.map(|wait| now + wait),
                     };
                     let due = now + *this.window;
-                    let due = latest.map_or(due, |latest| latest.min(due));
-                    *this.pending = Some(Pending { item, due, latest });
+                    let due = deadline.map_or(due, |deadline| deadline.min(due));
+                    *this.pending = Some(Pending { item, due, deadline });
                 }
                 Poll::Ready(None) => return Poll::Ready(this.pending.take().map(|pending| pending.item)),
                 Poll::Pending => break,
@@ -1168,7 +1204,7 @@ pub struct Transcript {
 
 impl Transcript {
     /// Adds a line, from its parts.
-    fn line(&self, parts: &[&str]) {
+    fn push_line(&self, parts: &[&str]) {
         let mut text = self.text.borrow_mut();
         parts.iter().for_each(|part| text.push_str(part));
         text.push('\n');
@@ -1190,7 +1226,7 @@ impl Transcript {
         self.writer.wake_all();
     }
 
-    /// Writes what is added, until the transcript is closed; the error is the sentence to print.
+    /// Writes what is added, until the transcript is closed; the error is the message to print.
     async fn write(&self, mut output: Output) -> Result<(), String> {
         let mut text = String::new();
         loop {
@@ -1236,10 +1272,15 @@ impl Output {
     /// Writes as many of the bytes as go at once.
     fn try_write(&self, bytes: &[u8]) -> Result<usize, Errno> {
         if !self.blocks {
-            return rustix::io::write(self.fd, batch(bytes));
+            return rustix::io::write(self.fd, atomic_chunk(bytes));
         }
         let current_position = u64::MAX; // its -1: where the stream stands, as for `write`
-        match pwritev2(self.fd, &[IoSlice::new(batch(bytes))], current_position, ReadWriteFlags::NOWAIT) {
+        match pwritev2(
+            self.fd,
+            &[IoSlice::new(atomic_chunk(bytes))],
+            current_position,
+            ReadWriteFlags::NOWAIT,
+        ) {
             // A terminal, or Linux before 6.5, or an emulator of it.
             Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
             outcome => return outcome,
@@ -1248,7 +1289,7 @@ impl Output {
         if poll_now(self.fd, PollFlags::OUT).is_empty() {
             return Err(Errno::AGAIN);
         }
-        rustix::io::write(self.fd, piece(bytes))
+        rustix::io::write(self.fd, terminal_chunk(bytes))
     }
 
     /// Writes some of the bytes once some can be taken, and returns how many.
@@ -1268,9 +1309,9 @@ impl Output {
         }
     }
 
-    /// Prints a sentence, as far as that goes without waiting.
-    fn complain(&self, sentence: &str) {
-        let text = ["smolrx: ", sentence, "\n"].concat();
+    /// Prints an error message, as far as that goes without waiting.
+    fn print_error(&self, message: &str) {
+        let text = ["smolrx: ", message, "\n"].concat();
         let mut rest = text.as_bytes();
         while let Ok(count @ 1..) = self.try_write(rest) {
             rest = &rest[count..];
@@ -1278,8 +1319,8 @@ impl Output {
     }
 }
 
-/// As many whole lines as a pipe takes whole or not at all, or a part of one that is longer.
-fn batch(text: &[u8]) -> &[u8] {
+/// As many whole lines as a pipe takes whole or not at all (PIPE_BUF); of a longer line, a part.
+fn atomic_chunk(text: &[u8]) -> &[u8] {
     let head = &text[..text.len().min(PIPE_BUF)];
     match head.iter().rposition(|&byte| byte == b'\n') {
         Some(index) => &head[..index + 1],
@@ -1287,9 +1328,9 @@ fn batch(text: &[u8]) -> &[u8] {
     }
 }
 
-/// What a terminal surely takes if it is writable (so do pipes and sockets): a part of a line, or its
-/// ending. Its buffer grows by 256 bytes, and of an ending, which goes alone, it makes two.
-fn piece(text: &[u8]) -> &[u8] {
+/// What a writable terminal takes without blocking (so do pipes and sockets): 256 bytes, by which its
+/// buffer grows. A newline goes alone, as the terminal makes two bytes of it (CR LF).
+fn terminal_chunk(text: &[u8]) -> &[u8] {
     let head = &text[..text.len().min(256)];
     match head.iter().position(|&byte| byte == b'\n') {
         Some(index) => &head[..index.max(1)],
@@ -1312,13 +1353,7 @@ fn open_anew(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> 
         let controls = tcgetsid(stream)? == getsid(None)?;
         if controls { fs::open(c"/dev/tty", flags, Mode::empty()) } else { Err(error) }
     });
-    Ok(forever(anew?))
-}
-
-/// A descriptor that is open for as long as the process lives.
-fn forever(fd: OwnedFd) -> BorrowedFd<'static> {
-    let fd: &'static OwnedFd = Box::leak(Box::new(fd));
-    fd.as_fd()
+    Ok(leak(anew?).as_fd())
 }
 
 /// What a descriptor is ready for right now, of what is asked, and whether it is at its end.
@@ -1330,9 +1365,9 @@ fn poll_now(fd: BorrowedFd, wanted: PollFlags) -> PollFlags {
 
 // ---------------------------------------------------------------- text
 
-/// A received line as everybody sees it: as text, stripped, and so that it stays one line and can't talk to
-/// the terminal: what could do either is shown as Rust writes it, `\u{1b}` for ESC.
-pub fn text_of(line: &[u8]) -> String {
+/// A line as text: stripped, and with all that could break the line or talk to the terminal escaped as Rust
+/// writes it, `\u{1b}` for ESC. (Backslashes stay as they are: this is to be read, not to be undone.)
+fn text_of(line: &[u8]) -> String {
     let plain = line.trim_ascii();
     // Most lines are what they show.
     if plain.iter().all(|byte| matches!(byte, b' '..=b'~')) {
@@ -1343,7 +1378,6 @@ pub fn text_of(line: &[u8]) -> String {
         match character {
             '\t' => text.push_str("\\t"),
             '\r' => text.push_str("\\r"),
-            '\n' => text.push_str("\\n"),
             _ if is_hostile(character) => {
                 text.push_str("\\u{");
                 push_number(&mut text, character.into(), 16);
@@ -1352,16 +1386,14 @@ pub fn text_of(line: &[u8]) -> String {
             _ => text.push(character),
         }
     }
-    text.shrink_to_fit();
+    text.shrink_to_fit(); // the subject counts its length alone
     text
 }
 
 /// Control characters, and those that break lines or reorder them (Unicode's bidi controls).
 fn is_hostile(character: char) -> bool {
-    match character {
-        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,
-        _ => character.is_control(),
-    }
+    character.is_control()
+        || matches!(character, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// An address as people write it: an IPv4 client of an IPv6 socket is an IPv4 client,
@@ -1414,12 +1446,19 @@ fn decimal(number: u64) -> String {
     text
 }
 
+// ---------------------------------------------------------------- errors
+
+/// The error message for an operation that failed: what can't be done, and why.
+fn failure(what: &[&str], error: Errno) -> String {
+    ["cannot ", &what.concat(), ": ", &error_text(error)].concat()
+}
+
 fn errno(error: io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
 /// What went wrong, in words. The standard library's own, for every number, would cost 2 kB more.
-fn reason(error: Errno) -> String {
+fn error_text(error: Errno) -> String {
     let words = match error {
         Errno::ACCESS | Errno::PERM => "permission denied",
         Errno::ADDRINUSE => "address in use",
@@ -1439,30 +1478,33 @@ fn reason(error: Errno) -> String {
 
 // ---------------------------------------------------------------- the health check
 
-/// An abstract Unix socket. A server has three names: its address and port, its port, and for the first
-/// server of a network namespace none.
+/// An abstract Unix socket. A server answers by three names: `address:port`, `port`, and, if it is the first
+/// one in its network namespace, the empty name.
 fn health_address(name: &str) -> Result<SocketAddrUnix, Errno> {
     SocketAddrUnix::new_abstract_name(["smolrx ", name].concat().as_bytes())
 }
 
 /// A datagram socket: to answer takes neither a connection nor a descriptor, and a full server is not ill.
-fn health_socket(name: &str) -> Result<Async<BorrowedFd<'static>>, Errno> {
+fn health_socket(name: &str) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
     net::bind(&socket, &health_address(name)?)?;
-    Async::new_nonblocking(forever(socket)).map_err(errno)
+    Ok(socket)
 }
 
-/// Answers those who ask for its health, for as long as the loop turns.
-async fn answer_probes(socket: Async<BorrowedFd<'static>>) {
-    loop {
-        match net::recvfrom(&socket, &mut [0][..], RecvFlags::empty()) {
-            Ok((_, _, Some(from))) => {
-                let _ = net::sendto(&socket, &[], SendFlags::empty(), &from);
-                future::yield_now().await;
+impl Server {
+    /// Answers those who ask for its health, for as long as the loop turns. A server that stops leaves its
+    /// names to the next one.
+    async fn answer_probes(&self, socket: OwnedFd) {
+        let Ok(io) = Async::new_nonblocking(socket.as_fd()) else { return };
+        while !self.is_stopping() {
+            match net::recvfrom(&socket, &mut [0][..], RecvFlags::empty()) {
+                Ok((_, _, from)) => {
+                    let _ = from.map(|from| net::sendto(&socket, &[], SendFlags::empty(), &from));
+                    future::yield_now().await;
+                }
+                Err(_) => poll_fn(|cx| self.poll_readable(cx, &io)).await,
             }
-            Ok(_) => {}
-            Err(_) => drop(poll_fn(|cx| socket.poll_readable(cx)).await),
         }
     }
 }
@@ -1470,17 +1512,17 @@ async fn answer_probes(socket: Async<BorrowedFd<'static>>) {
 /// Asks a server here through its socket, and any other as a TCP client that sends nothing and
 /// expects it to close: which proves that it accepts and serves, and is no event. Within two seconds.
 fn probe(address: SocketAddr, name: &str) -> Result<(), String> {
-    let answer = match ask(name) {
-        Err(Errno::CONNREFUSED) => connect_and_read(address),
-        answer => answer,
+    let (who, answer) = match ask(name) {
+        Err(Errno::CONNREFUSED) => (address_text(address), connect_and_read(address)),
+        answer => (String::from("the server"), answer),
     };
     let trouble = match answer {
         Ok(0) => return Ok(()),
         Ok(_) => String::from("is another server"),
         Err(Errno::AGAIN | Errno::INPROGRESS) => String::from("is not healthy: it does not answer"),
-        Err(error) => ["is not healthy: ", &reason(error)].concat(),
+        Err(error) => ["is not healthy: ", &error_text(error)].concat(),
     };
-    Err([&address_text(address), " ", &*trouble].concat())
+    Err([&*who, " ", &trouble].concat())
 }
 
 fn ask(name: &str) -> Result<usize, Errno> {
@@ -1495,7 +1537,7 @@ fn connect_and_read(address: SocketAddr) -> Result<usize, Errno> {
     let address = SocketAddrAny::from(address);
     let socket = patient_socket(address.address_family(), SocketType::STREAM)?;
     net::connect(&socket, &address)?;
-    // The kernel may choose as our own port the one that nobody listens on.
+    // A TCP self-connect: where nobody listens on the port, the kernel may choose it as our own.
     if net::getsockname(&socket)? == net::getpeername(&socket)?.ok_or(Errno::NOTCONN)? {
         return Err(Errno::CONNREFUSED);
     }

@@ -270,7 +270,7 @@ impl Dialogue {
         self.client.set_nonblocking(true).unwrap();
         socket.set_nonblocking(true).unwrap();
         set_socket_send_buffer_size(&socket, 4096).unwrap(); // a long echo goes in parts
-        self.server.welcome(TcpStream::from(OwnedFd::from(socket)), PEER);
+        self.server.handle_client(TcpStream::from(OwnedFd::from(socket)), PEER);
         for chunk in &input.chunks {
             self.send(chunk).await;
         }

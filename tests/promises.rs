@@ -123,6 +123,57 @@ fn sigterm_serves_the_backlog() {
     }
 }
 
+/// Also where all connections are taken, by clients who never end their lines: once their grace is over.
+#[test]
+fn sigterm_serves_the_backlog_of_a_full_server() {
+    let mut server = Server::start(&calm(&["--max-conns", "2"]));
+    let mut holders: Vec<Client> = (0..2).map(|_| server.connect()).collect();
+    for holder in &mut holders {
+        holder.send("half");
+        holder.is_taken();
+    }
+    let mut clients: Vec<Client> = (0..100).map(|_| server.connect()).collect();
+    for (i, client) in clients.iter_mut().enumerate() {
+        client.send(format!("line {i}\n"));
+    }
+    server.signal(Signal::TERM);
+    let exit = server.exited(ms(7000));
+    assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
+    for (i, client) in clients.iter_mut().enumerate() {
+        assert_eq!(client.rest(), format!("line {i}\n").as_bytes());
+        assert_eq!(received_from(&exit.stdout, client.port()), [format!("line {i}")]);
+    }
+}
+
+/// Nor does the grace run out for lines that are there, whole, while it is stdout that keeps them waiting.
+#[test]
+fn sigterm_at_a_stalled_stdout_loses_no_line_that_is_there() {
+    for (options, length, lines) in
+        [(&[][..], 300, 1), (&[], 20_000, 1), (&["--keep-open"], 20, 200), (&["--keep-open"], 500, 20)]
+    {
+        let mut server = Server::start(&calm(options));
+        server.stdout.pause();
+        let mut fillers: Vec<Client> = (0..12).map(|_| server.connect()).collect();
+        fillers.iter_mut().for_each(|client| client.send(line_of(30_000)));
+        thread::sleep(ms(500));
+        let mut clients: Vec<Client> = (0..20).map(|_| server.connect()).collect();
+        clients.iter_mut().for_each(|client| client.send(line_of(length).repeat(lines)));
+        thread::sleep(ms(500));
+        server.signal(Signal::TERM);
+        thread::sleep(ms(6500));
+        server.stdout.resume();
+        let exit = server.exited(PATIENCE);
+        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{:?}", exit.stderr);
+        for client in &fillers {
+            assert_eq!(received_from(&exit.stdout, client.port()).len(), 1, "of {options:?}, {length} bytes");
+        }
+        for client in &clients {
+            let received = received_from(&exit.stdout, client.port()).len();
+            assert_eq!(received, lines, "of {options:?}, {length} bytes");
+        }
+    }
+}
+
 /// So is whoever waits for memory at that moment, though his line is there and is one of hundreds.
 #[test]
 fn sigterm_serves_those_who_wait_for_memory() {
@@ -554,6 +605,32 @@ fn slow_taker_is_not_cut() {
     }
     bytes.extend(client.until_closed());
     assert!(bytes == line.as_bytes(), "cut after {} of {} bytes", bytes.len(), line.len());
+}
+
+/// Who sends, but takes no byte of the echo for `--timeout`, is not served without one: what has arrived by then
+/// is received, and the connection is closed.
+#[test]
+fn client_that_takes_no_echo_is_not_served_without() {
+    let mut server = Server::start(&calm(&["--keep-open", "--timeout", "1000"]));
+    let mut client = Client::with_small_window(server.loopback());
+    client.0.set_nonblocking(true).unwrap();
+    let line = line_of(1000);
+    let (mut sent, start) = (0, Instant::now());
+    let closed = loop {
+        assert!(start.elapsed() < ms(20_000), "it is still served after {sent} bytes");
+        match client.0.write(&line.as_bytes()[sent % line.len()..]) {
+            Ok(count) => sent += count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(ms(20)),
+            Err(error) => break error,
+        }
+        // It never pauses for long, nor sends without any pause.
+        if start.elapsed() > ms(2000) {
+            thread::sleep(ms(20));
+        }
+    };
+    println!("closed after {:?}: {closed}", start.elapsed());
+    server.stdout.wait_for(CLOSE);
+    assert_eq!(server.stop().code, Some(0));
 }
 
 // ------------------------------------------------------------- those who leave
@@ -1139,5 +1216,31 @@ fn each_of_two_servers_answers_for_itself() {
         assert_eq!(answers(), [Some(1), Some(0)]);
         drop(two);
         assert_eq!(answers(), [Some(1), Some(1)]);
+    });
+}
+
+/// A server that starts while the one before it still serves its last client answers for itself.
+#[test]
+fn server_that_stops_does_not_answer_for_the_next() {
+    in_a_network_of_its_own("", || {
+        let start =
+            || Server::of(Process::spawn(program(&calm(&["--tcp-port", "9001", "--max-conns", "1"]))));
+        let mut old = start();
+        let mut client = old.connect();
+        client.send("half");
+        client.is_taken();
+        old.signal(Signal::TERM);
+        eventually(ms(2000), "the port is free", || TcpStream::connect(old.loopback()).is_err());
+        let new = start();
+        let idle = new.connect();
+        idle.is_taken(); // it is full: a TCP client would wait
+        let probes = || [run(&["--health"]).code, health(&[], 9001).code];
+        assert_eq!(probes(), [Some(0); 2]);
+        new.suspend();
+        assert_eq!(probes(), [Some(1); 2]);
+        new.wake();
+        client.send("\n");
+        assert_eq!(old.exited(PATIENCE).code, Some(0));
+        assert_eq!(probes(), [Some(0); 2]);
     });
 }

@@ -888,6 +888,8 @@ fn health_of_a_hanging_server() {
     let exit = health(&[], server.address.port());
     server.signal(Signal::CONT);
     assert_eq!(exit.code, Some(1), "{exit:?}");
+    // It answers by its port, whatever address it listens on.
+    assert_eq!(exit.stderr, ["smolrx: the server is not healthy: it does not answer"]);
     unhealthy_in_time(&exit);
     let exit = server.stop();
     assert_eq!(exit.stdout[1..], ["Observing 0"]);
@@ -1069,9 +1071,9 @@ fn stdout_in_a_file_is_appended_to() {
     assert_eq!(text(), format!("before\nServing on {address}\nmeanwhile\nObserving 0\n"));
 }
 
-/// A full disk under stdout ends it with a sentence.
+/// A full disk under stdout ends it with an error message.
 #[test]
-fn full_stdout_ends_it_with_a_sentence() {
+fn full_stdout_ends_it_with_an_error() {
     for options in [["--interval", "300"].as_slice(), &["--interval", "300", "--quiet"]] {
         let mut command = program(&[&["--tcp-port", "0"], options].concat());
         command.stdout(Stdio::from(File::options().write(true).open("/dev/full").unwrap()));
@@ -1079,6 +1081,22 @@ fn full_stdout_ends_it_with_a_sentence() {
         assert_eq!((exit.code, exit.signal), (Some(1), None), "{exit:?}");
         assert_eq!(exit.stderr.len(), 1, "{exit:?}");
         assert!(exit.stderr[0].starts_with("smolrx: cannot write to stdout: no storage space"), "{exit:?}");
+    }
+}
+
+/// So do the texts of `--help` and `--version`; a pipe that is closed has been read enough.
+#[test]
+fn full_stdout_under_help_is_an_error() {
+    for option in ["--help", "--version"] {
+        let mut command = program(&[option]);
+        command.stdout(Stdio::from(File::options().write(true).open("/dev/full").unwrap()));
+        let exit = Process::spawn_with_stdout(command).exited(PATIENCE);
+        assert_eq!(exit.code, Some(1), "{exit:?}");
+        assert_eq!(exit.stderr, ["smolrx: cannot write to stdout: no storage space (error 28)"]);
+        let mut command = program(&[option]);
+        command.stdout(Stdio::from(std::io::pipe().unwrap().1));
+        let exit = Process::spawn_with_stdout(command).exited(PATIENCE);
+        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
     }
 }
 
