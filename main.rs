@@ -33,7 +33,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pin_project_lite::pin_project;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{self, FileType, Mode, OFlags};
-use rustix::io::{Errno, ReadWriteFlags, pwritev2};
+use rustix::io::{Errno, ReadWriteFlags, ioctl_fionread, pwritev2};
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrAny, SocketAddrUnix};
 use rustix::net::{SocketFlags, SocketType};
@@ -90,18 +90,19 @@ fn serve(options: Options) -> Result<(), String> {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     let wanted = options.address;
     let listener = listen(wanted).map_err(|error| failure(&["listen on ", &address_text(wanted)], error))?;
-    let address = net::getsockname(&listener).ok().and_then(|own| own.try_into().ok()).unwrap_or(wanted);
-    let (address, port) = (address_text(address), decimal(address.port().into()));
+    let own = net::getsockname(&listener).ok().and_then(|own| own.try_into().ok()).unwrap_or(wanted);
+    let (address, port) = (address_text(own), decimal(own.port().into()));
 
     // Tasks borrow the server for as long as the process lives.
     let server = leak(Server::new(options));
     server.log(&["Serving on ", &address]);
     server.spawn(server.stop_on_signals(signals, listener.clone()));
     server.spawn(server.serve_clients(listener));
-    // A short timeout is kept more exactly.
-    server.spawn(server.deadlines.wake_the_due(RETRY.min(server.options.timeout / 8)));
+    // A short `--timeout` is kept more exactly.
+    server.spawn(server.deadlines.wake_the_due(RESOLUTION.min(server.options.timeout / 8)));
     server.spawn(observe(server));
     server.spawn(async { exit_with(server.transcript.write(output).await, 1) });
+    // Its names, by which `--health` finds it.
     for name in ["", &port, &address] {
         match health_socket(name) {
             Ok(socket) => server.spawn(server.answer_probes(socket)),
@@ -169,7 +170,7 @@ A TCP server whose lines become a debounced event stream.
 /// What the command line asks for.
 pub enum Command {
     Serve(Options),
-    /// Of the server at an address, and its name (see `health_address`).
+    /// Ask the server at this address for its health, by this name (see `health_address`).
     Health(SocketAddr, String),
     Print(&'static str),
 }
@@ -274,7 +275,7 @@ fn invalid_value(option: &str, wanted: &str, typed: &str) -> String {
 
 // ---------------------------------------------------------------- waiting
 
-/// A condition variable for tasks: those that wait for a change, until whoever makes it wakes them.
+/// A condition variable for tasks: it keeps those that wait for a change, and whoever makes the change wakes all.
 #[derive(Default)]
 pub struct Waiters(RefCell<Vec<Waker>>);
 
@@ -285,7 +286,8 @@ impl Waiters {
             return Poll::Ready(());
         }
         let mut tasks = self.0.borrow_mut();
-        // A few tasks may ask many times before something changes: they are kept once.
+        // Who asks again before the change is kept once. On `Server::stop` four tasks do so by turns, `accept` and
+        // three `answer_probes`; elsewhere one.
         if !tasks.iter().rev().take(4).any(|task| task.will_wake(cx.waker())) {
             tasks.push(cx.waker().clone());
         }
@@ -312,8 +314,8 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 /// How long a client may take to end its line once the server stops, or to take a long echo once
 /// its connection ends.
 const GRACE: Duration = Duration::from_secs(5);
-/// Bytes of an echo that the kernel holds for a client: with the megabytes that it grows to by
-/// itself, seconds pass in which a slow client takes bytes and no one sees it.
+/// Bytes of an echo that the kernel holds for a client. Left alone, it grows to megabytes, and a slow client
+/// takes bytes for seconds before anybody sees room for more.
 const SEND_BUFFER: usize = 128 * 1024;
 
 /// What all tasks share. They run on one thread, so cells do where locks would cost.
@@ -327,38 +329,18 @@ pub struct Server {
     stderr: Output,
     /// Clients that are connected.
     pub connected: Cell<usize>,
-    /// Wait until a client has left.
+    /// Tasks that wait for a client to leave.
     departure: Waiters,
-    /// Set by the first signal: when clients are waited for no longer.
+    /// When the grace period ends; set by the first signal.
     grace_end: Cell<Option<Instant>>,
-    /// Wait for that signal.
+    /// Tasks that wait for that signal.
     stop: Waiters,
     /// How many of the `PERMITS` are taken.
     permits_taken: Cell<usize>,
     deadlines: Deadlines,
-    /// A free buffer, for the next connection that reads: else each batch of lines would be an mmap and
-    /// an munmap.
+    /// A free buffer, for the next connection that reads: without it, each batch of lines would cost an mmap
+    /// and a munmap.
     spare: Cell<Vec<u8>>,
-}
-
-/// Listens on an address. Connections inherit its options, which so cost no call for each.
-fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
-    let address = SocketAddrAny::from(address);
-    let socket = net::socket(address.address_family(), SocketType::STREAM, None)?;
-    sockopt::set_socket_reuseaddr(&socket, true)?;
-    sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER)?;
-    // An echo leaves at once, and an urgent byte is a byte of its line.
-    sockopt::set_tcp_nodelay(&socket, true)?;
-    sockopt::set_socket_oobinline(&socket, true)?;
-    if address.address_family() == AddressFamily::INET6 {
-        // `::` serves both families, whatever the system's default is.
-        sockopt::set_ipv6_v6only(&socket, false)?;
-    }
-    net::bind(&socket, &address)?;
-    net::listen(&socket, BACKLOG)?;
-    // Registers it with the reactor, and gives it back in an `Arc`. async-net's own `bind` takes neither backlog
-    // nor options.
-    Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
 
 impl Server {
@@ -379,7 +361,7 @@ impl Server {
         }
     }
 
-    /// Starts a task. All are of one type to the executor: each would bring its own code (4 kB).
+    /// Starts a task. Boxed, all are of one type: else the executor's code would be there once for each (4 kB).
     fn spawn(&'static self, future: impl Future<Output = ()> + 'static) {
         self.executor.spawn(future.boxed_local()).detach();
     }
@@ -397,7 +379,7 @@ impl Server {
         next_signal(&signals).await;
         // The backlog keeps those who are in it, and lets in newcomers one at a time.
         let _ = net::listen(&listener, 0);
-        drop(listener);
+        drop(listener); // `serve_clients` closes it
         self.grace_end.set(Some(Instant::now() + GRACE));
         self.stop.wake_all();
         self.deadlines.wake_all();
@@ -411,15 +393,13 @@ impl Server {
         let mut accepted_at_stop = 0;
         loop {
             self.departure.wait_until(|| self.connected.get() < self.options.max_conns).await;
-            if self.is_stopping() {
-                // A flood of newcomers has an end all the same.
-                if accepted_at_stop > BACKLOG {
-                    return;
-                }
-                accepted_at_stop += 1;
+            // A flood of newcomers has an end all the same.
+            if accepted_at_stop > BACKLOG {
+                return;
             }
             match net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
+                    accepted_at_stop += i32::from(self.is_stopping());
                     if let Some(Ok(peer)) = peer.map(SocketAddr::try_from) {
                         self.handle_client(socket.into(), peer);
                     }
@@ -456,10 +436,10 @@ impl Server {
 
     /// Ready when there is something to read, or the server stops.
     fn poll_readable<T>(&self, cx: &mut Context<'_>, io: &Async<T>) -> Poll<()> {
-        match self.stop.poll_until(cx, self.is_stopping()) {
-            Poll::Ready(()) => Poll::Ready(()),
-            Poll::Pending => io.poll_readable(cx).map(drop),
+        if self.stop.poll_until(cx, self.is_stopping()).is_ready() {
+            return Poll::Ready(());
         }
+        io.poll_readable(cx).map(drop)
     }
 
     fn is_stopping(&self) -> bool {
@@ -488,6 +468,26 @@ impl Server {
     }
 }
 
+/// Listens on an address. Connections inherit the options of this socket: no call is needed for each.
+fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
+    let address = SocketAddrAny::from(address);
+    let socket = net::socket(address.address_family(), SocketType::STREAM, None)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    sockopt::set_socket_send_buffer_size(&socket, SEND_BUFFER)?;
+    // An echo leaves at once, and an urgent byte is a byte of its line.
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    sockopt::set_socket_oobinline(&socket, true)?;
+    if address.address_family() == AddressFamily::INET6 {
+        // `::` serves both families, whatever the system's default is.
+        sockopt::set_ipv6_v6only(&socket, false)?;
+    }
+    net::bind(&socket, &address)?;
+    net::listen(&socket, BACKLOG)?;
+    // Registers it with the reactor, and gives it back in an `Arc`. async-net's own `bind` takes neither backlog
+    // nor options.
+    Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
+}
+
 /// SIGINT and SIGTERM, as a descriptor to read. To be called before the first thread is started:
 /// threads inherit what is blocked.
 fn block_signals() -> Result<Async<SignalFd>, Errno> {
@@ -498,7 +498,7 @@ fn block_signals() -> Result<Async<SignalFd>, Errno> {
     Async::new_nonblocking(signals).map_err(errno)
 }
 
-/// The number of the next one.
+/// Waits for the next signal; its number.
 async fn next_signal(signals: &Async<SignalFd>) -> i32 {
     loop {
         if let Ok(Some(signal)) = signals.get_ref().read_signal() {
@@ -509,16 +509,20 @@ async fn next_signal(signals: &Async<SignalFd>) -> i32 {
 }
 
 // ---------------------------------------------------------------- permits and deadlines
+// Limits of a connection. Memory: to hold more than its allowance, it needs one of a few permits (a semaphore).
+// Time: once its deadline has passed, its task is woken though the client did nothing.
 
 /// Bytes that each connection may hold, of a line that is not yet whole or an echo that is not yet taken.
 const ALLOWANCE: usize = 256;
 /// So many connections at once have a permit to hold more, up to a whole line: as none of them needs
 /// another permit, no two wait for each other.
 const PERMITS: usize = 8;
-/// What an attempt fails with that needs a permit.
+/// What an attempt fails with that needs a permit. (Should the kernel lack memory, to try again later is right, too.)
 const NEEDS_PERMIT: Errno = Errno::NOMEM;
-/// How often a task that waits for a permit tries by itself. No task is woken later than due by more.
+/// How often a task that waits for a permit tries by itself.
 const RETRY: Duration = Duration::from_millis(100);
+/// How late a task may be woken that is due: one timer then serves many.
+const RESOLUTION: Duration = Duration::from_millis(100);
 
 /// What wakes a connection's task if its client does not: its timeout, or where it waits for a permit its
 /// turn. One table serves both.
@@ -528,13 +532,14 @@ struct Deadlines {
     tasks: RefCell<Vec<Option<Wait>>>,
     /// No later than the earliest instant at which one of them is due.
     next_due: Cell<Option<Instant>>,
-    /// `wake_the_due`, which waits for an earlier one.
+    /// Where `wake_the_due` waits for an earlier one.
     earlier: Waiters,
-    /// The descriptor from which on the next one that waits for a permit is searched; none if no task
-    /// waits for one, so that a permit given back, which most reads end with, searches nothing.
+    /// The descriptor at which `wake_for_permit` begins its search, as tasks take turns. None once it has found
+    /// nobody: most reads give a permit back, and hardly ever does anybody wait for it.
     permit_turn: Cell<Option<usize>>,
 }
 
+/// What one task waits for.
 struct Wait {
     /// When to wake it in any case.
     due: Instant,
@@ -543,8 +548,9 @@ struct Wait {
 }
 
 impl Deadlines {
-    /// Notes what a descriptor's task waits for now, if it does.
-    fn set(&self, descriptor: usize, wait: Option<Wait>) {
+    /// Notes what a connection's task waits for now, if it does.
+    fn set(&self, socket: &TcpStream, wait: Option<Wait>) {
+        let descriptor = socket.as_raw_fd() as usize;
         let mut tasks = self.tasks.borrow_mut();
         if tasks.len() <= descriptor {
             tasks.resize_with(descriptor + 1, || None);
@@ -596,11 +602,13 @@ impl Deadlines {
 }
 
 // ---------------------------------------------------------------- a connection
+// Its task reads bytes, emits the lines in them, echoes these, and lingers at the end. Each step is an attempt that
+// never blocks; `poll_attempt` repeats it, and waits in between.
 
 /// Bytes that are read at once.
 const CHUNK: usize = 4096;
-/// Bytes of echo that leave at once, whatever the client's window and segments are like; they
-/// can't be lost when the connection closes behind them.
+/// An echo of up to so many bytes leaves at once, whatever the client's window and segments are like: the
+/// connection may close behind it without lingering, and only a lost packet can cost the client these bytes.
 const LEAVES_AT_ONCE: usize = 512;
 
 /// One client's conversation.
@@ -609,7 +617,6 @@ struct Connection<'a> {
     /// Non-blocking.
     socket: &'a TcpStream,
     peer: SocketAddr,
-    /// The reactor's registration, made once there is something to wait for: often there is not.
     io: Option<Async<BorrowedFd<'a>>>,
     /// Bytes received and not yet echoed.
     buffer: Vec<u8>,
@@ -625,8 +632,7 @@ struct Connection<'a> {
     has_permit: bool,
     /// What was awaited last.
     awaited: Awaited,
-    /// When the client has taken too long for it, which was counted from its last byte; none while the
-    /// server is at work for it.
+    /// When the wait for it times out; none until the next wait begins.
     deadline: Option<Instant>,
 }
 
@@ -674,18 +680,24 @@ impl<'a> Connection<'a> {
     /// Receives lines and sends them back: one, or with `--keep-open` all that come.
     async fn run(&mut self) {
         let server = self.server;
-        let (mut next, mut ended, mut late) = (Next::Read, false, 0);
+        let (mut next, mut ended) = (Next::Read, false);
+        let mut last_bytes = None;
         loop {
             let searched = match next {
-                // What is there when the grace is over counts, but a client that never pauses has an end, too.
-                Next::Read if late <= server.options.max_line => {
+                Next::Read if last_bytes != Some(0) => {
+                    // What has arrived when its time is over still counts, and its end. More does not, or a client
+                    // that never pauses had no end.
+                    let is_late = server.grace_is_over() || self.echo_error == Some(Errno::TIMEDOUT);
+                    if is_late && last_bytes.is_none() {
+                        last_bytes = Some(ioctl_fionread(self.socket).map_or(1, |arrived| arrived + 1));
+                    }
                     let searched = self.buffer.len();
                     match poll_fn(|cx| self.poll_attempt(cx, Awaited::Bytes, Self::try_read)).await {
                         // After a failed echo, a reset looks like an end.
                         Ok(0) if self.echo_error == Some(Errno::CONNRESET) => break,
                         Ok(count) => {
                             ended = count == 0;
-                            late += if server.grace_is_over() { count } else { 0 };
+                            last_bytes = last_bytes.map(|left| left.saturating_sub(count as u64));
                         }
                         // It was reset, or waited for long enough: an unfinished line is no line.
                         Err(_) => break,
@@ -734,17 +746,18 @@ impl<'a> Connection<'a> {
     /// and marks them for the echo. The first `searched` bytes hold no newline.
     fn emit_lines(&mut self, mut searched: usize, ended: bool) -> Next {
         let (server, options) = (self.server, &self.server.options);
-        let mut middle = String::new(); // of two lines of the transcript, which all lines of this client share
+        // What stands between the two copies of a text in the transcript: made once, for all lines.
+        let mut between = String::new();
         loop {
             let rest = &self.buffer[self.unsent..];
             match first_line(rest, searched, ended, options.max_line) {
                 Line::Whole(_) if !server.is_ready() => return Next::Emit,
                 Line::Whole(length) => {
-                    if middle.is_empty() {
-                        middle = [" from ", &address_text(self.peer), "\nSend: "].concat();
+                    if between.is_empty() {
+                        between = [" from ", &address_text(self.peer), "\nSend: "].concat();
                     }
                     let text = text_of(&rest[..length]);
-                    server.log(&["Received ", &text, &middle, &text]);
+                    server.log(&["Received ", &text, &between, &text]);
                     server.lines.on_next(text);
                     self.unsent += length;
                     self.emitted += length;
@@ -774,7 +787,7 @@ impl<'a> Connection<'a> {
         awaited: Awaited,
         attempt: fn(&mut Self) -> Result<usize, Errno>,
     ) -> Poll<Result<usize, Errno>> {
-        self.server.deadlines.set(self.socket.as_raw_fd() as usize, None);
+        self.server.deadlines.set(self.socket, None);
         let mut waited = Ok(());
         loop {
             let awaited = match attempt(self) {
@@ -789,28 +802,39 @@ impl<'a> Connection<'a> {
             waited?;
             self.release();
             waited = ready!(self.poll_client(cx, awaited));
-            self.readable = true;
+            self.readable = true; // maybe: the next attempt finds out
         }
     }
 
     /// Waits for the client, or for a permit. The error is TIMEDOUT when the time for it is over.
     fn poll_client(&mut self, cx: &mut Context<'_>, awaited: Awaited) -> Poll<Result<(), Errno>> {
-        let server = self.server;
-        if awaited != Awaited::Permit {
-            let io = match &mut self.io {
-                Some(io) => io,
-                none => none.insert(Async::new_nonblocking(self.socket.as_fd()).map_err(errno)?),
+        let is_for_permit = awaited == Awaited::Permit;
+        if !is_for_permit {
+            let io = registered(&mut self.io, self.socket.as_fd())?;
+            let polled = match awaited {
+                Awaited::Room => io.poll_writable(cx),
+                _ => io.poll_readable(cx),
             };
-            let room = awaited == Awaited::Room;
-            if let Poll::Ready(outcome) = if room { io.poll_writable(cx) } else { io.poll_readable(cx) } {
+            if let Poll::Ready(outcome) = polled {
                 return Poll::Ready(outcome.map_err(errno));
             }
         }
         let now = Instant::now();
-        let is_for_permit = awaited == Awaited::Permit;
-        // Awaiting something else is progress, and a server that is not ready keeps the client waiting: the time
-        // for it starts anew.
-        if awaited != self.awaited || (is_for_permit && !server.is_ready()) {
+        let deadline = self.deadline_for(awaited, now);
+        if deadline <= now {
+            return Poll::Ready(Err(Errno::TIMEDOUT));
+        }
+        let due = if is_for_permit { deadline.min(now + RETRY) } else { deadline };
+        self.server.deadlines.set(self.socket, Some(Wait { due, task: cx.waker().clone(), is_for_permit }));
+        Poll::Pending
+    }
+
+    /// When the wait for something is over.
+    fn deadline_for(&mut self, awaited: Awaited, now: Instant) -> Instant {
+        let server = self.server;
+        // The time starts anew with something else to wait for, which is progress, and while it is the server
+        // that is not ready.
+        if awaited != self.awaited || (awaited == Awaited::Permit && !server.is_ready()) {
             (self.awaited, self.deadline) = (awaited, None);
         }
         let end = match awaited {
@@ -819,20 +843,14 @@ impl<'a> Connection<'a> {
             Awaited::Bytes if self.echo_error.is_some() => now,
             _ => now + server.options.timeout,
         };
-        let mut deadline = *self.deadline.get_or_insert(end);
-        // A permit comes: those who have one are subject to the grace period.
-        if let Some(grace_end) = server.grace_end.get().filter(|_| !is_for_permit) {
+        let deadline = *self.deadline.get_or_insert(end);
+        match server.grace_end.get() {
             // Between two lines, a server that stops waits for nobody.
-            let is_idle = awaited == Awaited::Bytes && self.buffer.is_empty();
-            deadline = if is_idle { now } else { deadline.min(grace_end) };
+            Some(_) if awaited == Awaited::Bytes && self.buffer.is_empty() => now,
+            // The grace ends for those who have the permits: one will be free.
+            Some(grace_end) if awaited != Awaited::Permit => deadline.min(grace_end),
+            _ => deadline,
         }
-        if deadline <= now {
-            return Poll::Ready(Err(Errno::TIMEDOUT));
-        }
-        let due = if is_for_permit { deadline.min(now + RETRY) } else { deadline };
-        let wait = Wait { due, task: cx.waker().clone(), is_for_permit };
-        server.deadlines.set(self.socket.as_raw_fd() as usize, Some(wait));
-        Poll::Pending
     }
 
     /// Reads bytes that have arrived. With a permit, up to one more than the longest line has: it shows that
@@ -856,6 +874,7 @@ impl<'a> Connection<'a> {
         let (bytes, _) = rustix::io::read(self.socket, &mut chunk[..room])?;
         self.readable = bytes.len() == room;
         if self.buffer.len() <= ALLOWANCE {
+            // So small, it has no room (see `release`): the spare buffer may have.
             let part = mem::replace(&mut self.buffer, self.server.spare.take());
             self.buffer.extend_from_slice(&part);
         }
@@ -899,7 +918,7 @@ impl<'a> Connection<'a> {
         Ok(rustix::io::read(self.socket, &mut chunk)?.0.len())
     }
 
-    /// Gives back what it need not hold: the room that is left, and the permit if it can do without.
+    /// Gives back what it does not need: the room in a buffer that holds little, and the permit with it.
     fn release(&mut self) {
         if self.buffer.len() > ALLOWANCE {
             return;
@@ -939,21 +958,21 @@ fn first_line(bytes: &[u8], searched: usize, ended: bool, longest: usize) -> Lin
 
 // ---------------------------------------------------------------- the subject
 
-/// Bytes that the subject holds, and likewise the transcript, before those who add more have to wait.
-const WAITING_TEXT: usize = 64 * 1024;
+/// Bytes in a queue (the subject's, the transcript's) from which on its producers have to wait.
+const HIGH_WATER_MARK: usize = 64 * 1024;
 
 /// Rx's subject, hot, as this program needs it: many call `on_next`, one observes. Unlike Rx's it
-/// is bounded, so that an observer who is slow holds up the callers instead of filling the memory.
+/// is bounded, so that an observer who is slow holds up the producers instead of filling the memory.
 #[derive(Default)]
 pub struct Subject<T> {
     items: RefCell<VecDeque<T>>,
     /// The bytes of all items.
     bytes: Cell<usize>,
     completed: Cell<bool>,
-    /// Wait for something to observe.
+    /// The task that waits for an item or for completion.
     observer: Waiters,
-    /// Wait for room.
-    callers: Waiters,
+    /// Tasks that wait for room.
+    producers: Waiters,
 }
 
 impl<T: AsRef<[u8]>> Subject<T> {
@@ -970,12 +989,12 @@ impl<T: AsRef<[u8]>> Subject<T> {
     }
 
     fn is_ready(&self) -> bool {
-        self.bytes.get() < WAITING_TEXT
+        self.bytes.get() < HIGH_WATER_MARK
     }
 
     /// Ready when there is room for an item.
     pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.callers.poll_until(cx, self.is_ready())
+        self.producers.poll_until(cx, self.is_ready())
     }
 
     /// Ready when the subject is complete.
@@ -989,7 +1008,7 @@ impl<T: AsRef<[u8]>> Subject<T> {
             let item = self.items.borrow_mut().pop_front();
             if let Some(item) = &item {
                 self.bytes.set(self.bytes.get() - weight(item));
-                self.callers.wake_all();
+                self.producers.wake_all();
             } else {
                 ready!(self.observer.poll_until(cx, self.completed.get()));
             }
@@ -1067,8 +1086,8 @@ pub trait RxExt: Stream + Sized {
         Merge { a: self.fuse(), b: other.fuse(), a_first: true }
     }
 
-    /// Only the items that are followed by a `window` of silence, at its end; with a `max_wait`
-    /// also the latest item once one has been pending for so long.
+    /// Emits an item once it is followed by a `window` of silence; with a `max_wait` also the latest
+    /// item of a burst that has lasted for so long.
     ///
     /// ```text
     /// source              1-2---3-4-5-6-7----|
@@ -1196,10 +1215,10 @@ pub struct Transcript {
     /// Bytes that are being written.
     writing: Cell<usize>,
     closing: Cell<bool>,
-    /// Waits for something to write.
+    /// The task that waits for something to write.
     writer: Waiters,
-    /// Wait for room.
-    pub callers: Waiters,
+    /// Tasks that wait for room.
+    pub producers: Waiters,
 }
 
 impl Transcript {
@@ -1212,12 +1231,12 @@ impl Transcript {
     }
 
     fn is_ready(&self) -> bool {
-        self.text.borrow().len() + self.writing.get() < WAITING_TEXT
+        self.text.borrow().len() + self.writing.get() < HIGH_WATER_MARK
     }
 
     /// Ready when there is room for a line.
     fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.callers.poll_until(cx, self.is_ready())
+        self.producers.poll_until(cx, self.is_ready())
     }
 
     /// Lets `write` end once all is written.
@@ -1247,9 +1266,9 @@ impl Transcript {
             }
             // Its memory is for the next turn, unless that was an unusual one.
             text.clear();
-            text.shrink_to(2 * WAITING_TEXT);
+            text.shrink_to(2 * HIGH_WATER_MARK);
             self.writing.set(0);
-            self.callers.wake_all();
+            self.producers.wake_all();
         }
     }
 }
@@ -1259,7 +1278,6 @@ struct Output {
     fd: BorrowedFd<'static>,
     /// It could not be opened anew, so that it blocks if it is given more than it takes.
     blocks: bool,
-    /// The reactor's registration, made once there is something to wait for.
     io: Option<Async<BorrowedFd<'static>>>,
 }
 
@@ -1274,7 +1292,7 @@ impl Output {
         if !self.blocks {
             return rustix::io::write(self.fd, atomic_chunk(bytes));
         }
-        let current_position = u64::MAX; // its -1: where the stream stands, as for `write`
+        let current_position = u64::MAX; // -1 to pwritev2, which then writes where `write` does
         match pwritev2(
             self.fd,
             &[IoSlice::new(atomic_chunk(bytes))],
@@ -1298,11 +1316,7 @@ impl Output {
             match self.try_write(bytes) {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    let io = match &mut self.io {
-                        Some(io) => io,
-                        none => none.insert(Async::new_nonblocking(self.fd).map_err(errno)?),
-                    };
-                    ready!(io.poll_writable(cx)).map_err(errno)?;
+                    ready!(registered(&mut self.io, self.fd)?.poll_writable(cx)).map_err(errno)?;
                 }
                 outcome => return Poll::Ready(outcome),
             }
@@ -1323,7 +1337,7 @@ impl Output {
 fn atomic_chunk(text: &[u8]) -> &[u8] {
     let head = &text[..text.len().min(PIPE_BUF)];
     match head.iter().rposition(|&byte| byte == b'\n') {
-        Some(index) => &head[..index + 1],
+        Some(index) => &head[..=index],
         None => head,
     }
 }
@@ -1354,6 +1368,17 @@ fn open_anew(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> 
         if controls { fs::open(c"/dev/tty", flags, Mode::empty()) } else { Err(error) }
     });
     Ok(leak(anew?).as_fd())
+}
+
+/// A descriptor's registration with the reactor, made once there is something to wait for: often there is not.
+fn registered<'a, 'fd>(
+    io: &'a mut Option<Async<BorrowedFd<'fd>>>,
+    fd: BorrowedFd<'fd>,
+) -> Result<&'a Async<BorrowedFd<'fd>>, Errno> {
+    Ok(match io {
+        Some(io) => io,
+        none => none.insert(Async::new_nonblocking(fd).map_err(errno)?),
+    })
 }
 
 /// What a descriptor is ready for right now, of what is asked, and whether it is at its end.
@@ -1477,6 +1502,7 @@ fn error_text(error: Errno) -> String {
 }
 
 // ---------------------------------------------------------------- the health check
+// `--health` asks a running server through a Unix socket, and where there is none through TCP.
 
 /// An abstract Unix socket. A server answers by three names: `address:port`, `port`, and, if it is the first
 /// one in its network namespace, the empty name.
@@ -1526,7 +1552,7 @@ fn probe(address: SocketAddr, name: &str) -> Result<(), String> {
 }
 
 fn ask(name: &str) -> Result<usize, Errno> {
-    let socket = patient_socket(AddressFamily::UNIX, SocketType::DGRAM)?;
+    let socket = socket_with_timeout(AddressFamily::UNIX, SocketType::DGRAM)?;
     net::bind(&socket, &SocketAddrUnix::new_unnamed())?; // any name: it needs one to be answered
     net::connect(&socket, &health_address(name)?)?;
     net::send(&socket, &[], SendFlags::empty())?;
@@ -1535,7 +1561,7 @@ fn ask(name: &str) -> Result<usize, Errno> {
 
 fn connect_and_read(address: SocketAddr) -> Result<usize, Errno> {
     let address = SocketAddrAny::from(address);
-    let socket = patient_socket(address.address_family(), SocketType::STREAM)?;
+    let socket = socket_with_timeout(address.address_family(), SocketType::STREAM)?;
     net::connect(&socket, &address)?;
     // A TCP self-connect: where nobody listens on the port, the kernel may choose it as our own.
     if net::getsockname(&socket)? == net::getpeername(&socket)?.ok_or(Errno::NOTCONN)? {
@@ -1545,8 +1571,8 @@ fn connect_and_read(address: SocketAddr) -> Result<usize, Errno> {
     rustix::io::read(&socket, &mut [0])
 }
 
-/// A socket whose calls take a second at most.
-fn patient_socket(family: AddressFamily, kind: SocketType) -> Result<OwnedFd, Errno> {
+/// A socket whose calls fail after a second.
+fn socket_with_timeout(family: AddressFamily, kind: SocketType) -> Result<OwnedFd, Errno> {
     let socket = net::socket(family, kind, None)?;
     // Linux: the limit for sending is the one for connecting, too.
     for limit in [Timeout::Send, Timeout::Recv] {

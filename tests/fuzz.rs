@@ -307,7 +307,7 @@ impl Dialogue {
 
         let outcome = &mut self.outcome;
         outcome.transcript += &self.server.transcript.text.take();
-        self.server.transcript.callers.wake_all();
+        self.server.transcript.producers.wake_all();
         let mut lines = pin!(self.server.lines.observe());
         while let Some(Some(line)) = future::poll_once(lines.next()).await {
             outcome.events += &(line + "\n");

@@ -145,6 +145,25 @@ fn sigterm_serves_the_backlog_of_a_full_server() {
     }
 }
 
+/// With `--keep-open` all lines of such a client are served that are there, though its time is over from the start.
+#[test]
+fn sigterm_serves_all_lines_of_the_backlog_of_a_full_server() {
+    for (longest, lines) in [("100", 20), ("65536", 12_000)] {
+        let mut server = Server::start(&calm(&["--keep-open", "--max-conns", "1", "--max-line", longest]));
+        let mut holder = server.connect();
+        holder.send("half");
+        holder.is_taken();
+        let mut client = server.connect();
+        client.send(line_of(10).repeat(lines));
+        client.finish();
+        server.signal(Signal::TERM);
+        assert!(client.rest() == line_of(10).repeat(lines).as_bytes(), "not all {lines} are echoed");
+        let exit = server.exited(ms(7000));
+        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{:?}", exit.stderr);
+        assert_eq!(received_from(&exit.stdout, client.port()).len(), lines);
+    }
+}
+
 /// Nor does the grace run out for lines that are there, whole, while it is stdout that keeps them waiting.
 #[test]
 fn sigterm_at_a_stalled_stdout_loses_no_line_that_is_there() {
@@ -608,29 +627,29 @@ fn slow_taker_is_not_cut() {
 }
 
 /// Who sends, but takes no byte of the echo for `--timeout`, is not served without one: what has arrived by then
-/// is received, and the connection is closed.
+/// is received, and the connection is closed, be it that more comes without any pause.
 #[test]
 fn client_that_takes_no_echo_is_not_served_without() {
-    let mut server = Server::start(&calm(&["--keep-open", "--timeout", "1000"]));
-    let mut client = Client::with_small_window(server.loopback());
-    client.0.set_nonblocking(true).unwrap();
-    let line = line_of(1000);
-    let (mut sent, start) = (0, Instant::now());
-    let closed = loop {
-        assert!(start.elapsed() < ms(20_000), "it is still served after {sent} bytes");
-        match client.0.write(&line.as_bytes()[sent % line.len()..]) {
-            Ok(count) => sent += count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(ms(20)),
-            Err(error) => break error,
-        }
-        // It never pauses for long, nor sends without any pause.
-        if start.elapsed() > ms(2000) {
-            thread::sleep(ms(20));
-        }
-    };
-    println!("closed after {:?}: {closed}", start.elapsed());
-    server.stdout.wait_for(CLOSE);
-    assert_eq!(server.stop().code, Some(0));
+    for pause in [ms(20), ms(0)] {
+        let mut server = Server::start(&calm(&["--keep-open", "--timeout", "1000"]));
+        let mut client = Client::with_small_window(server.loopback());
+        client.0.set_nonblocking(true).unwrap();
+        let line = line_of(1000).repeat(64);
+        let (mut sent, start) = (0, Instant::now());
+        let closed = loop {
+            assert!(start.elapsed() < ms(10_000), "it is still served after {sent} bytes");
+            match client.0.write(&line.as_bytes()[sent % line.len()..]) {
+                Ok(count) => sent += count,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(ms(1)),
+                Err(error) => break error,
+            }
+            if start.elapsed() > ms(2000) {
+                thread::sleep(pause);
+            }
+        };
+        println!("closed after {:?} and {sent} bytes: {closed}", start.elapsed());
+        assert_eq!(server.stop().code, Some(0));
+    }
 }
 
 // ------------------------------------------------------------- those who leave
