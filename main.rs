@@ -309,7 +309,7 @@ impl Waiters {
 const BACKLOG: i32 = 4096;
 /// Clients accepted before the others get a turn.
 const ACCEPTED_AT_ONCE: usize = 64;
-/// Pause after a failed accept: the descriptors or the memory that it lacked may be back by then.
+/// Pause after a failed accept, unless a client leaves before: what it lacked, descriptors or memory, may be back.
 const BACK_OFF: Duration = Duration::from_millis(100);
 /// How long a client may take to end its line once the server stops, or to take a long echo once
 /// its connection ends.
@@ -418,7 +418,9 @@ impl Server {
                         warned = Some(Instant::now());
                         self.stderr.print_error(&[&failure(&["accept"], error), "; trying again"].concat());
                     }
-                    Timer::after(BACK_OFF).await;
+                    let connected = self.connected.get();
+                    let departure = self.departure.wait_until(|| self.connected.get() < connected);
+                    future::or(departure, async { _ = Timer::after(BACK_OFF).await }).await;
                 }
             }
         }

@@ -257,16 +257,7 @@ fn sigterm_ends_a_flood_of_connections() {
 fn sigterm_ends_it_when_no_descriptor_is_free() {
     for (clients, begun) in [(0, ""), (2, ""), (2, "begun")] {
         let what = format!("{clients} clients that have sent `{begun}`");
-        // How many it needs itself depends on who else has the name by which probes without options ask.
-        let mut limit = 100;
-        let mut server = loop {
-            let server = Server::start_after(&format!("ulimit -n {limit}"), &CALM);
-            let enough = server.descriptor_limit_that_leaves(clients);
-            if enough == limit {
-                break server;
-            }
-            limit = enough;
-        };
+        let mut server = Server::start_with_descriptors_for(clients);
         let mut holders: Vec<Client> = (0..clients).map(|_| server.connect()).collect();
         for holder in &mut holders {
             holder.send(begun);
@@ -280,6 +271,25 @@ fn sigterm_ends_it_when_no_descriptor_is_free() {
         server.signal(Signal::TERM);
         let exit = server.exited(ms(6000));
         assert_eq!(exit.code, Some(0), "{what}: {exit:?}");
+    }
+}
+
+/// Nor does a backlog take long with descriptors for a single client, and none of its lines is lost.
+#[test]
+fn sigterm_serves_the_backlog_with_a_single_descriptor() {
+    let mut server = Server::start_with_descriptors_for(1);
+    server.suspend();
+    let mut clients: Vec<Client> = (0..400).map(|_| server.connect()).collect();
+    for (i, client) in clients.iter_mut().enumerate() {
+        client.send(format!("line {i}\n"));
+    }
+    server.signal(Signal::TERM);
+    server.wake();
+    let exit = server.exited(ms(6000));
+    assert_eq!(exit.code, Some(0), "{exit:?}");
+    for (i, client) in clients.iter_mut().enumerate() {
+        assert_eq!(client.rest(), format!("line {i}\n").as_bytes());
+        assert_eq!(received_from(&exit.stdout, client.port()), [format!("line {i}")]);
     }
 }
 

@@ -304,7 +304,7 @@ impl Process {
     }
 
     /// The limit of descriptors with which it would have so many left; a gap among those that it has counts as one.
-    pub fn descriptor_limit_that_leaves(&self, left: usize) -> usize {
+    fn descriptor_limit_that_leaves(&self, left: usize) -> usize {
         let directory = format!("/proc/{}/fd", self.child.id());
         let open: Vec<_> = fs::read_dir(directory).unwrap().map(|fd| fd.unwrap().file_name()).collect();
         (0..).filter(|number| !open.contains(&number.to_string().into())).nth(left).unwrap()
@@ -409,6 +409,20 @@ impl Server {
     /// The same, started by a shell after `setup`.
     pub fn start_after(setup: &str, options: &[&str]) -> Self {
         Self::start_with(options, |options| program_after(setup, options))
+    }
+
+    /// With descriptors for so many clients, and no more.
+    pub fn start_with_descriptors_for(clients: usize) -> Self {
+        // How many it needs itself depends on who else has the name by which probes without options ask.
+        let mut limit = 100;
+        loop {
+            let server = Self::start_after(&format!("ulimit -n {limit}"), &CALM);
+            let enough = server.descriptor_limit_that_leaves(clients);
+            if enough == limit {
+                return server;
+            }
+            limit = enough;
+        }
     }
 
     fn start_with(options: &[&str], command: impl Fn(&[&str]) -> Command) -> Self {
