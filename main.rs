@@ -389,7 +389,7 @@ impl Server {
     /// Accepts clients, as many at once as the options allow; once the server stops, those who are
     /// in the backlog and hardly anybody else.
     async fn accept(&'static self, listener: &Async<TcpListener>) {
-        let mut warned: Option<Instant> = None;
+        let mut next_warning = Instant::now();
         let mut accepted_at_stop = 0;
         loop {
             self.departure.wait_until(|| self.connected.get() < self.options.max_conns).await;
@@ -414,13 +414,14 @@ impl Server {
                 // Nobody is left whose end would free what it lacks.
                 Err(_) if self.is_stopping() && self.connected.get() == 0 => return,
                 Err(error) => {
-                    if warned.is_none_or(|at| at.elapsed() >= Duration::from_secs(1)) {
-                        warned = Some(Instant::now());
+                    let now = Instant::now();
+                    if next_warning <= now {
+                        next_warning = now + Duration::from_secs(1);
                         self.stderr.print_error(&[&failure(&["accept"], error), "; trying again"].concat());
                     }
                     let connected = self.connected.get();
                     let departure = self.departure.wait_until(|| self.connected.get() < connected);
-                    future::or(departure, async { _ = Timer::after(BACK_OFF).await }).await;
+                    future::or(departure, async { _ = Timer::at(now + BACK_OFF).await }).await;
                 }
             }
         }
@@ -630,6 +631,8 @@ struct Connection<'a> {
     echo_error: Option<Errno>,
     /// There may be bytes to read right now.
     readable: bool,
+    /// Once its time is over: how many bytes are still read, the end of the stream counted as one.
+    last_bytes: Option<u64>,
     /// It has one of the `PERMITS`.
     has_permit: bool,
     /// What was awaited last.
@@ -673,6 +676,7 @@ impl<'a> Connection<'a> {
             emitted: 0,
             echo_error: None,
             readable: true,
+            last_bytes: None,
             has_permit: false,
             awaited: Awaited::Bytes,
             deadline: None,
@@ -683,23 +687,16 @@ impl<'a> Connection<'a> {
     async fn run(&mut self) {
         let server = self.server;
         let (mut next, mut ended) = (Next::Read, false);
-        let mut last_bytes = None;
         loop {
             let searched = match next {
-                Next::Read if last_bytes != Some(0) => {
-                    // What has arrived when its time is over still counts, and its end. More does not, or a client
-                    // that never pauses had no end.
-                    let is_late = server.grace_is_over() || self.echo_error == Some(Errno::TIMEDOUT);
-                    if is_late && last_bytes.is_none() {
-                        last_bytes = Some(ioctl_fionread(self.socket).map_or(1, |arrived| arrived + 1));
-                    }
+                Next::Read if !self.is_over() => {
                     let searched = self.buffer.len();
                     match poll_fn(|cx| self.poll_attempt(cx, Awaited::Bytes, Self::try_read)).await {
                         // After a failed echo, a reset looks like an end.
                         Ok(0) if self.echo_error == Some(Errno::CONNRESET) => break,
                         Ok(count) => {
                             ended = count == 0;
-                            last_bytes = last_bytes.map(|left| left.saturating_sub(count as u64));
+                            self.last_bytes = self.last_bytes.map(|left| left.saturating_sub(count as u64));
                         }
                         // It was reset, or waited for long enough: an unfinished line is no line.
                         Err(_) => break,
@@ -724,23 +721,36 @@ impl<'a> Connection<'a> {
                 future::yield_now().await;
             }
         }
-        // A lingering close: with bytes that nobody has read, `close` makes the kernel send a reset, which may cost
-        // the client the end of its echo. So the sending side is shut down first, and what comes is discarded.
+        self.close(ended).await;
+        if self.emitted > 0 {
+            server.log(&["Close the client socket"]);
+        }
+    }
+
+    /// Whether its time is over, and all is read that had arrived by then. More is not: else a client that never
+    /// pauses would have no end.
+    fn is_over(&mut self) -> bool {
+        let is_late = self.server.grace_is_over() || self.echo_error == Some(Errno::TIMEDOUT);
+        let arrived = || ioctl_fionread(self.socket).map_or(1, |arrived| arrived + 1);
+        is_late && *self.last_bytes.get_or_insert_with(arrived) == 0
+    }
+
+    /// A lingering close: with bytes that nobody has read, the kernel would send a reset, which may cost the client
+    /// the end of its echo. So the sending side is shut down first, and what comes is discarded.
+    async fn close(&mut self, ended: bool) {
         let has_unread = !self.buffer.is_empty() || (self.readable && matches!(self.discard(), Ok(1..)));
         self.buffer.clear();
         self.release();
-        if !ended && self.echo_error.is_none() {
-            let _ = net::shutdown(self.socket, Shutdown::Write);
-            let end = Instant::now() + GRACE;
-            let mut lingers = self.emitted > LEAVES_AT_ONCE || (self.emitted > 0 && has_unread);
-            while lingers {
-                let passed = poll_fn(|cx| self.poll_attempt(cx, Awaited::Close(end), Self::discard)).await;
-                lingers = matches!(passed, Ok(1..)) && Instant::now() < end && !server.grace_is_over();
-                future::yield_now().await;
-            }
+        if ended || self.echo_error.is_some() {
+            return;
         }
-        if self.emitted > 0 {
-            server.log(&["Close the client socket"]);
+        let _ = net::shutdown(self.socket, Shutdown::Write);
+        let end = Instant::now() + GRACE;
+        let mut lingers = self.emitted > if has_unread { 0 } else { LEAVES_AT_ONCE };
+        while lingers {
+            let passed = poll_fn(|cx| self.poll_attempt(cx, Awaited::Close(end), Self::discard)).await;
+            lingers = matches!(passed, Ok(1..)) && Instant::now() < end && !self.server.grace_is_over();
+            future::yield_now().await;
         }
     }
 
@@ -855,22 +865,9 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Reads bytes that have arrived. With a permit, up to one more than the longest line has: it shows that
-    /// a line is too long. Without one, up to the allowance, and once that is full the rest of the line.
+    /// Reads bytes that have arrived.
     fn try_read(&mut self) -> Result<usize, Errno> {
-        if !self.readable {
-            return Err(Errno::AGAIN);
-        }
-        let taken = &self.server.permits_taken;
-        if !self.has_permit && taken.get() < PERMITS {
-            taken.set(taken.get() + 1);
-            self.has_permit = true;
-        }
-        let most = if self.has_permit { self.server.options.max_line + 1 } else { ALLOWANCE };
-        let room = match most.saturating_sub(self.buffer.len()) {
-            0 => self.rest_of_line()?,
-            room => room.min(CHUNK),
-        };
+        let room = self.readable_length()?;
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         self.readable = false;
         let (bytes, _) = rustix::io::read(self.socket, &mut chunk[..room])?;
@@ -883,6 +880,24 @@ impl<'a> Connection<'a> {
         self.buffer.reserve_exact(bytes.len());
         self.buffer.extend_from_slice(bytes);
         Ok(bytes.len())
+    }
+
+    /// How many bytes may be read. With a permit, up to one more than the longest line has: it shows that
+    /// a line is too long. Without one, up to the allowance, and once that is full the rest of the line.
+    fn readable_length(&mut self) -> Result<usize, Errno> {
+        if !self.readable {
+            return Err(Errno::AGAIN);
+        }
+        let taken = &self.server.permits_taken;
+        if !self.has_permit && taken.get() < PERMITS {
+            taken.set(taken.get() + 1);
+            self.has_permit = true;
+        }
+        let most = if self.has_permit { self.server.options.max_line + 1 } else { ALLOWANCE };
+        match most.saturating_sub(self.buffer.len()) {
+            0 => self.rest_of_line(),
+            room => Ok(room.min(CHUNK)),
+        }
     }
 
     /// How many bytes are read without a permit: the rest of the line, if all of it has arrived and its echo

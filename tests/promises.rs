@@ -167,9 +167,7 @@ fn sigterm_serves_all_lines_of_the_backlog_of_a_full_server() {
 /// Nor does the grace run out for lines that are there, whole, while it is stdout that keeps them waiting.
 #[test]
 fn sigterm_at_a_stalled_stdout_loses_no_line_that_is_there() {
-    for (options, length, lines) in
-        [(&[][..], 300, 1), (&[], 20_000, 1), (&["--keep-open"], 20, 200), (&["--keep-open"], 500, 20)]
-    {
+    let loses_nothing = |options: &[&str], length, lines| {
         let mut server = Server::start(&calm(options));
         server.stdout.pause();
         let mut fillers: Vec<Client> = (0..12).map(|_| server.connect()).collect();
@@ -190,7 +188,15 @@ fn sigterm_at_a_stalled_stdout_loses_no_line_that_is_there() {
             let received = received_from(&exit.stdout, client.port()).len();
             assert_eq!(received, lines, "of {options:?}, {length} bytes");
         }
-    }
+    };
+    thread::scope(|scope| {
+        for (length, lines) in [(300, 1), (20_000, 1)] {
+            scope.spawn(move || loses_nothing(&[], length, lines));
+        }
+        for (length, lines) in [(20, 200), (500, 20)] {
+            scope.spawn(move || loses_nothing(&["--keep-open"], length, lines));
+        }
+    });
 }
 
 /// So is whoever waits for memory at that moment, though his line is there and is one of hundreds.

@@ -328,8 +328,10 @@ fn one_line_a_connection() {
     let mut client = server.connect();
     client.send("foo\nbar\nbaz");
     assert_eq!(client.until_closed(), b"foo\n");
+    let port = client.port();
+    drop(client);
     let exit = server.stop();
-    assert_eq!(exit.stdout[1..4], conversation("foo", client.port()));
+    assert_eq!(exit.stdout[1..4], conversation("foo", port));
     assert_eq!(observed(&exit.stdout), ["foo"]);
 }
 
@@ -580,8 +582,8 @@ fn debounce_is_the_silence_that_ends_a_burst() {
 fn steady_pokes_hold_back_events_only_without_a_longest_wait() {
     let window = ["--debounce", "1000"];
     let wait = ["--max-wait", "500"];
-    // The debounce of the first is long, lest a busy machine makes a pause that ends the burst.
-    for options in [&window[..], &[window, wait].concat(), &wait] {
+    let both = [window, wait].concat();
+    let pokes = |options: &[&str]| {
         let mut server = Server::start(&[&["--interval", "1000", "--keep-open"], options].concat());
         let mut client = server.connect();
         let started = Instant::now();
@@ -604,8 +606,15 @@ fn steady_pokes_hold_back_events_only_without_a_longest_wait() {
             let most = started.elapsed().as_millis() as usize / 500 + 1;
             assert!(events.len() <= most, "with {options:?} {events:?}");
         }
+        drop(client);
         server.stop();
-    }
+    };
+    // The debounce of the first is long, lest a busy machine makes a pause that ends the burst.
+    thread::scope(|scope| {
+        for options in [&window[..], &both, &wait] {
+            scope.spawn(move || pokes(options));
+        }
+    });
 }
 
 /// A thousand clients at once each get exactly their own bytes, and the transcript accounts for every line.
@@ -750,6 +759,7 @@ fn lines_before_a_longer_one_are_served() {
     client.send("three\n12345678901234567890\nfour\n");
     client.until_closed();
     server.stderr.wait_for_count(1);
+    drop(client);
     let exit = server.stop();
     let received: Vec<&String> = exit.stdout.iter().filter(|line| line.starts_with("Received")).collect();
     assert_eq!(received.len(), 3, "{exit:?}");
