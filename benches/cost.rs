@@ -92,8 +92,8 @@ fn run(options: &Options) -> Result<bool> {
 const HELP: &str = "\
 Usage: cargo bench [-- OPTIONS]
 
-      --only MEASURE  size, connections, syscalls, keep-open, quiet, memory or start;
-                      may be repeated
+      --only MEASURE  size, connections, syscalls, instructions, keep-open, quiet, memory
+                      or start; may be repeated
       --quick         a tenth of the counts
       --rounds N      rounds of each measure [default: 5]
       --svg FILE      also write the table as a chart
@@ -248,9 +248,13 @@ fn python() -> Result<PathBuf> {
 }
 
 impl Server {
-    /// Only smolrx can be quiet.
-    fn does(&self, mode: Mode) -> bool {
-        mode != Mode::Quiet || self.kind.is_smolrx()
+    /// Only smolrx can be quiet; Python's instructions would take valgrind minutes.
+    fn does(&self, measure: &Measure) -> bool {
+        match measure.name {
+            "quiet" => self.kind.is_smolrx(),
+            "instructions" => self.kind != Kind::Python,
+            _ => true,
+        }
     }
 
     fn command(&self, mode: Mode, port: u16) -> Vec<String> {
@@ -277,15 +281,21 @@ impl Server {
     fn start(&self, mode: Mode) -> Result<Running> {
         // Who is quiet does not say which port it has.
         let port = if mode == Mode::Quiet { free_port()? } else { 0 };
-        Running::start(self.kind, &self.command(mode, port), port, false)
+        Running::start(self.kind, &self.command(mode, port), port)
     }
 
-    /// Starts it under strace, which writes its counts to the file when the server ends.
-    fn start_traced(&self, mode: Mode, counts: &Path) -> Result<Running> {
-        let counts = counts.display().to_string();
-        let mut command: Vec<_> = ["strace", "-f", "-c", "-o", &counts].map(String::from).into();
-        command.extend(self.command(mode, 0));
-        Running::start(self.kind, &command, 0, true)
+    /// Starts it under a tool that counts; returns what the tool writes to its file when the server has ended.
+    fn counted(
+        &self,
+        tool: &[&str],
+        mode: Mode,
+        drive: impl FnOnce(Running) -> Result<()>,
+    ) -> Result<String> {
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(tool[0]);
+        let words = tool.iter().map(|word| word.replace("FILE", &file.display().to_string()));
+        let command: Vec<String> = words.chain(self.command(mode, 0)).collect();
+        drive(Running::start(self.kind, &command, 0)?)?;
+        fs::read_to_string(&file).map_err(|e| format!("{} counted nothing: {e}", tool[0]))
     }
 }
 
@@ -307,7 +317,7 @@ struct Running {
 
 impl Running {
     /// Starts one, on a port; without one (0), its first line says which it has.
-    fn start(kind: Kind, command: &[String], port: u16, traced: bool) -> Result<Self> {
+    fn start(kind: Kind, command: &[String], port: u16) -> Result<Self> {
         let mut child = Command::new(&command[0])
             .args(&command[1..])
             .stdin(Stdio::null())
@@ -325,7 +335,7 @@ impl Running {
         } else {
             within(PATIENCE, "its port", || running.connect(0).ok())?;
         }
-        if traced {
+        if command[0] == "strace" {
             let tracer = running.pid.as_raw_nonzero();
             let children = fs::read_to_string(format!("/proc/{tracer}/task/{tracer}/children"))
                 .map_err(|e| format!("cannot list the children of strace: {e}"))?;
@@ -623,12 +633,16 @@ fn drive_lines(server: &Running, count: usize) -> Result<Vec<Duration>> {
     drive(server, count, false, |nth| format!("line {nth}\n").into_bytes())
 }
 
+/// What one client sends: so many short lines.
+fn pipelined(client: usize, lines: usize) -> Vec<u8> {
+    (0..lines).flat_map(|n| format!("{client} {n}\n").into_bytes()).collect()
+}
+
 // ---- The measures ----
 
 /// One measure: how to take it, and the rows it fills.
 struct Measure {
     name: &'static str,
-    mode: Mode,
     rows: &'static [Row],
     rounds: fn(&Options) -> usize,
     /// Takes it once of one server: a figure for each row.
@@ -653,14 +667,12 @@ const fn cost(title: &'static str, unit: &'static str) -> Row {
 const MEASURES: &[Measure] = &[
     Measure {
         name: "size",
-        mode: Mode::Quiet,
         rows: &[cost("program", "bytes"), cost("what a pull transfers", "bytes")],
         rounds: |_| 1,
         take: size,
     },
     Measure {
         name: "connections",
-        mode: Mode::OneLine,
         rows: &[
             rate("connections per second"),
             cost("CPU per connection", "µs"),
@@ -673,28 +685,30 @@ const MEASURES: &[Measure] = &[
     },
     Measure {
         name: "syscalls",
-        mode: Mode::OneLine,
         rows: &[cost("system calls per connection", "")],
         rounds: |_| 1,
         take: syscalls,
     },
     Measure {
+        name: "instructions",
+        rows: &[cost("instructions per connection", ""), cost("instructions per line", "")],
+        rounds: |_| 1,
+        take: instructions,
+    },
+    Measure {
         name: "keep-open",
-        mode: Mode::KeepOpen,
         rows: &[rate("lines per second, --keep-open"), cost("CPU per line", "µs")],
         rounds: |options| options.rounds,
         take: |server, options| keep_open(server, Mode::KeepOpen, options),
     },
     Measure {
         name: "quiet",
-        mode: Mode::Quiet,
         rows: &[rate("lines per second, -q"), cost("CPU per line, -q", "µs")],
         rounds: |options| options.rounds,
         take: |server, options| keep_open(server, Mode::Quiet, options),
     },
     Measure {
         name: "memory",
-        mode: Mode::ManyIdle,
         rows: &[
             cost("resident memory, idle", "KiB"),
             cost("per idle connection", "bytes"),
@@ -705,7 +719,6 @@ const MEASURES: &[Measure] = &[
     },
     Measure {
         name: "start",
-        mode: Mode::OneLine,
         rows: &[cost("start: exec to first echo", "ms")],
         rounds: |options| options.counts.starts,
         take: start,
@@ -751,13 +764,12 @@ fn connections(server: &Server, options: &Options) -> Result<Vec<f64>> {
 /// connection. strace slows the server down, so that more is ready at each of its waits.
 fn syscalls(server: &Server, options: &Options) -> Result<Vec<f64>> {
     let count = options.counts.traced;
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("strace");
     let trace = |connections: usize| -> Result<BTreeMap<String, f64>> {
-        let server = server.start_traced(Mode::OneLine, &file)?;
-        drive_lines(&server, connections)?;
-        thread::sleep(SETTLE);
-        server.stop(connections, connections)?;
-        let counts = fs::read_to_string(&file).map_err(|e| format!("no counts: {e}"))?;
+        let counts = server.counted(&["strace", "-f", "-c", "-o", "FILE"], Mode::OneLine, |server| {
+            drive_lines(&server, connections)?;
+            thread::sleep(SETTLE);
+            server.stop(connections, connections)
+        })?;
         Ok(strace_counts(&counts))
     };
     let (without, mut with) = (trace(0)?, trace(count)?);
@@ -784,6 +796,34 @@ fn strace_counts(counts: &str) -> BTreeMap<String, f64> {
     counts.collect()
 }
 
+/// Instructions in user space of a connection and of a line with `--keep-open`, all threads: those of a run less those
+/// of a run without any. Those of a line hardly move from run to run, those of a connection by a twentieth, with how often it has to
+/// wait.
+fn instructions(server: &Server, options: &Options) -> Result<Vec<f64>> {
+    let valgrind = [
+        "valgrind",
+        "-q",
+        "--tool=cachegrind",
+        "--cache-sim=no",
+        "--cachegrind-out-file=FILE",
+        "--log-file=/dev/null",
+    ];
+    let count = |mode: Mode, connections: usize, each: usize| -> Result<f64> {
+        let counts = server.counted(&valgrind, mode, |server| {
+            drive(&server, connections, mode == Mode::KeepOpen, |client| pipelined(client, each))?;
+            thread::sleep(SETTLE);
+            server.stop(connections * each, connections)
+        })?;
+        let summary = counts.lines().find_map(|line| line.strip_prefix("summary: "));
+        summary.and_then(|summary| summary.parse().ok()).ok_or("valgrind prints no summary".into())
+    };
+    let (connections, each) = (options.counts.traced, options.counts.traced / 2);
+    let per_connection =
+        (count(Mode::OneLine, connections, 1)? - count(Mode::OneLine, 0, 1)?) / connections as f64;
+    let lines = count(Mode::KeepOpen, AT_ONCE, each)? - count(Mode::KeepOpen, 0, 1)?;
+    Ok(vec![per_connection, lines / (AT_ONCE * each) as f64])
+}
+
 /// Short lines, pipelined: every client sends all of its lines as fast as the socket takes them.
 fn keep_open(server: &Server, mode: Mode, options: &Options) -> Result<Vec<f64>> {
     // Python's hundredfold share of the time would buy no better figure.
@@ -791,9 +831,7 @@ fn keep_open(server: &Server, mode: Mode, options: &Options) -> Result<Vec<f64>>
     let each = options.counts.lines / share / AT_ONCE;
     let lines = each * AT_ONCE;
     let server = server.start(mode)?;
-    let scripts: Vec<Vec<u8>> = (0..AT_ONCE)
-        .map(|client| (0..each).flat_map(|n| format!("{client} {n}\n").into_bytes()).collect())
-        .collect();
+    let scripts: Vec<Vec<u8>> = (0..AT_ONCE).map(|client| pipelined(client, each)).collect();
     thread::sleep(SETTLE);
     let (cpu, began) = (server.cpu()?, Instant::now());
     drive(&server, AT_ONCE, true, |client| scripts[client].clone())?;
@@ -871,7 +909,7 @@ fn take(
     let rounds = (measure.rounds)(options);
     let mut complete = true;
     let mut turns: Vec<Option<Vec<Vec<f64>>>> =
-        servers.iter().map(|server| server.does(measure.mode).then(Vec::new)).collect();
+        servers.iter().map(|server| server.does(measure).then(Vec::new)).collect();
     for round in 1..=rounds {
         for (server, samples) in servers.iter().zip(&mut turns) {
             let Some(taken) = samples else { continue };
@@ -972,7 +1010,7 @@ fn notes(options: &Options) -> Vec<String> {
         .collect();
     vec![
         format!(
-            "{connections} connections ({traced} under strace), {AT_ONCE} at a time; {lines} lines \
+            "{connections} connections ({traced} under strace and valgrind), {AT_ONCE} at a time; {lines} lines \
              over {AT_ONCE} connections; {idle} idle ones; {starts} starts."
         ),
         format!(
