@@ -61,7 +61,7 @@ fn main() -> ! {
         Ok(Command::Print(text)) => match rustix::io::write(stdout(), text.as_bytes()) {
             // Whoever closes a pipe has read enough.
             Ok(_) | Err(Errno::PIPE) => Ok(()),
-            Err(error) => Err(failure(&["write to stdout"], error)),
+            Err(error) => Err(failure("write to stdout", error)),
         },
         Err(message) => exit_with(Err(message + "; see smolrx --help"), 2),
     };
@@ -83,13 +83,14 @@ const TASKS_A_TURN: usize = 200;
 
 /// Serves until a signal or a failing stdout ends the process. Returns only why it could not start.
 fn serve(options: Options) -> Result<(), String> {
-    let signals = block_signals().map_err(|error| failure(&["wait for signals"], error))?;
+    let signals = block_signals().map_err(|error| failure("wait for signals", error))?;
     let output = Output::to(stdout());
     // A connection is a descriptor. What can't be raised stays, and `accept` says when it is too little.
     let maximum = getrlimit(Resource::Nofile).maximum;
     let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
     let wanted = options.address;
-    let listener = listen(wanted).map_err(|error| failure(&["listen on ", &address_text(wanted)], error))?;
+    let listener =
+        listen(wanted).map_err(|error| failure(&["listen on ", &address_text(wanted)].concat(), error))?;
     let own = net::getsockname(&listener).ok().and_then(|own| own.try_into().ok()).unwrap_or(wanted);
     let (address, port) = (address_text(own), decimal(own.port().into()));
 
@@ -108,7 +109,7 @@ fn serve(options: Options) -> Result<(), String> {
             Ok(socket) => server.spawn(server.answer_probes(socket)),
             // Another server of this network namespace has that name: it is the one to ask.
             Err(Errno::ADDRINUSE) => {}
-            Err(error) => server.stderr.print_error(&failure(&["answer --health"], error)),
+            Err(error) => server.stderr.print_error(&failure("answer --health", error)),
         }
     }
     // What `executor.run` does, without its queues for work stealing (3 kB).
@@ -158,7 +159,7 @@ A TCP server whose lines become a debounced event stream.
   --max-conns N     connections served at once; more wait in the backlog,
                     none is refused [1024]
   --max-line BYTES  longest line, its ending included [65536]
-  --timeout MS      a connection that neither sends nor takes a byte for so
+  --timeout MS      a connection that neither sends nor takes a byte for that
                     long is closed [60000]
   -q, --quiet       print events alone, one a line
   --health          ask the server on --bind:--tcp-port whether it is healthy,
@@ -286,8 +287,8 @@ impl Waiters {
             return Poll::Ready(());
         }
         let mut tasks = self.0.borrow_mut();
-        // Who asks again before the change is kept once. On `Server::stop` four tasks do so by turns, `accept` and
-        // three `answer_probes`; elsewhere one.
+        // A task that asks again before the change is kept once. The last four are enough to look at: so many tasks
+        // ask by turns on `Server::stop` (`accept` and three `answer_probes`), and elsewhere one.
         if !tasks.iter().rev().take(4).any(|task| task.will_wake(cx.waker())) {
             tasks.push(cx.waker().clone());
         }
@@ -301,6 +302,24 @@ impl Waiters {
     pub fn wake_all(&self) {
         self.0.borrow_mut().drain(..).for_each(Waker::wake);
     }
+}
+
+/// A descriptor's registration with the reactor, made once there is something to wait for: often there is not.
+fn registered<'a, 'fd>(
+    io: &'a mut Option<Async<BorrowedFd<'fd>>>,
+    fd: BorrowedFd<'fd>,
+) -> Result<&'a Async<BorrowedFd<'fd>>, Errno> {
+    Ok(match io {
+        Some(io) => io,
+        none => none.insert(Async::new_nonblocking(fd).map_err(errno)?),
+    })
+}
+
+/// What a descriptor is ready for right now, of what is asked, and whether it is at its end.
+fn poll_now(fd: BorrowedFd, wanted: PollFlags) -> PollFlags {
+    let mut fds = [PollFd::new(&fd, wanted)];
+    let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+    fds[0].revents()
 }
 
 // ---------------------------------------------------------------- the server
@@ -366,7 +385,7 @@ impl Server {
         self.executor.spawn(future.boxed_local()).detach();
     }
 
-    /// Serves clients until the first signal and until the last one has left, and completes the subject.
+    /// Accepts clients until the first signal, waits until the last client has left, and completes the subject.
     async fn serve_clients(&'static self, listener: Arc<Async<TcpListener>>) {
         self.accept(&listener).await;
         drop(listener);
@@ -390,26 +409,27 @@ impl Server {
     /// in the backlog and hardly anybody else.
     async fn accept(&'static self, listener: &Async<TcpListener>) {
         let mut next_warning = Instant::now();
-        let mut accepted_at_stop = 0;
+        let mut accepted_since_stop = 0;
         loop {
             self.departure.wait_until(|| self.connected.get() < self.options.max_conns).await;
-            // A flood of newcomers has an end all the same.
-            if accepted_at_stop > BACKLOG {
+            // Else newcomers could keep a server that stops busy for ever.
+            if accepted_since_stop > BACKLOG {
                 return;
             }
             match net::acceptfrom_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
                 Ok((socket, peer)) => {
-                    accepted_at_stop += i32::from(self.is_stopping());
+                    accepted_since_stop += i32::from(self.is_stopping());
                     if let Some(Ok(peer)) = peer.map(SocketAddr::try_from) {
                         self.handle_client(socket.into(), peer);
                     }
+                    // Nobody leaves before the others get their turn: `connected` counts those accepted.
                     if self.connected.get().is_multiple_of(ACCEPTED_AT_ONCE) {
                         future::yield_now().await;
                     }
                 }
                 Err(Errno::AGAIN) if self.is_stopping() => return,
                 Err(Errno::AGAIN) => poll_fn(|cx| self.poll_readable(cx, listener)).await,
-                // The client left before its turn came.
+                // The client left before its turn came; or a signal came.
                 Err(Errno::CONNABORTED | Errno::INTR) => {}
                 // Nobody is left whose end would free what it lacks.
                 Err(_) if self.is_stopping() && self.connected.get() == 0 => return,
@@ -417,7 +437,7 @@ impl Server {
                     let now = Instant::now();
                     if next_warning <= now {
                         next_warning = now + Duration::from_secs(1);
-                        self.stderr.print_error(&[&failure(&["accept"], error), "; trying again"].concat());
+                        self.stderr.print_error(&[&failure("accept", error), "; trying again"].concat());
                     }
                     let connected = self.connected.get();
                     let departure = self.departure.wait_until(|| self.connected.get() < connected);
@@ -517,18 +537,17 @@ async fn next_signal(signals: &Async<SignalFd>) -> i32 {
 
 /// Bytes that each connection may hold, of a line that is not yet whole or an echo that is not yet taken.
 const ALLOWANCE: usize = 256;
-/// So many connections at once have a permit to hold more, up to a whole line: as none of them needs
+/// At most this many connections at once have a permit to hold more, up to a whole line: as none of them needs
 /// another permit, no two wait for each other.
 const PERMITS: usize = 8;
-/// What an attempt fails with that needs a permit. (Should the kernel lack memory, to try again later is right, too.)
+/// The error of an attempt that needs a permit first. (Should the kernel lack memory, it is right to wait as well.)
 const NEEDS_PERMIT: Errno = Errno::NOMEM;
 /// How often a task that waits for a permit tries by itself.
 const RETRY: Duration = Duration::from_millis(100);
 /// How late a task may be woken that is due: one timer then serves many.
 const RESOLUTION: Duration = Duration::from_millis(100);
 
-/// What wakes a connection's task if its client does not: its timeout, or where it waits for a permit its
-/// turn. One table serves both.
+/// What wakes a connection's task if its client does not: its timeout or, while it waits for a permit, its turn.
 #[derive(Default)]
 struct Deadlines {
     /// By descriptor.
@@ -610,7 +629,7 @@ impl Deadlines {
 
 /// Bytes that are read at once.
 const CHUNK: usize = 4096;
-/// An echo of up to so many bytes leaves at once, whatever the client's window and segments are like: the
+/// An echo of at most this many bytes leaves at once, whatever the client's window and segments are like: the
 /// connection may close behind it without lingering, and only a lost packet can cost the client these bytes.
 const LEAVES_AT_ONCE: usize = 512;
 
@@ -620,6 +639,7 @@ struct Connection<'a> {
     /// Non-blocking.
     socket: &'a TcpStream,
     peer: SocketAddr,
+    /// See `registered`.
     io: Option<Async<BorrowedFd<'a>>>,
     /// Bytes received and not yet echoed.
     buffer: Vec<u8>,
@@ -631,7 +651,7 @@ struct Connection<'a> {
     echo_error: Option<Errno>,
     /// There may be bytes to read right now.
     readable: bool,
-    /// Once its time is over: how many bytes are still read, the end of the stream counted as one.
+    /// Once its time is over: how many more bytes it reads, and one for the end of the stream.
     last_bytes: Option<u64>,
     /// It has one of the `PERMITS`.
     has_permit: bool,
@@ -691,16 +711,15 @@ impl<'a> Connection<'a> {
             let searched = match next {
                 Next::Read if !self.is_over() => {
                     let searched = self.buffer.len();
-                    match poll_fn(|cx| self.poll_attempt(cx, Awaited::Bytes, Self::try_read)).await {
-                        // After a failed echo, a reset looks like an end.
-                        Ok(0) if self.echo_error == Some(Errno::CONNRESET) => break,
-                        Ok(count) => {
-                            ended = count == 0;
-                            self.last_bytes = self.last_bytes.map(|left| left.saturating_sub(count as u64));
-                        }
-                        // It was reset, or waited for long enough: an unfinished line is no line.
-                        Err(_) => break,
+                    let read = poll_fn(|cx| self.poll_attempt(cx, Awaited::Bytes, Self::try_read)).await;
+                    // It was reset, or waited for long enough: an unfinished line is no line.
+                    let Ok(count) = read else { break };
+                    ended = count == 0;
+                    // After a failed echo, a reset looks like an end.
+                    if ended && self.echo_error == Some(Errno::CONNRESET) {
+                        break;
                     }
+                    self.last_bytes = self.last_bytes.map(|left| left.saturating_sub(count as u64));
                     searched
                 }
                 Next::Emit => {
@@ -727,8 +746,8 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Whether its time is over, and all is read that had arrived by then. More is not: else a client that never
-    /// pauses would have no end.
+    /// Whether its time is over, and all is read that had arrived when this was asked first. Later bytes are not
+    /// read: else a client that never pauses would have no end.
     fn is_over(&mut self) -> bool {
         let is_late = self.server.grace_is_over() || self.echo_error == Some(Errno::TIMEDOUT);
         let arrived = || ioctl_fionread(self.socket).map_or(1, |arrived| arrived + 1);
@@ -867,6 +886,10 @@ impl<'a> Connection<'a> {
 
     /// Reads bytes that have arrived.
     fn try_read(&mut self) -> Result<usize, Errno> {
+        if !self.readable {
+            return Err(Errno::AGAIN);
+        }
+        self.take_permit();
         let room = self.readable_length()?;
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         self.readable = false;
@@ -882,17 +905,18 @@ impl<'a> Connection<'a> {
         Ok(bytes.len())
     }
 
-    /// How many bytes may be read. With a permit, up to one more than the longest line has: it shows that
-    /// a line is too long. Without one, up to the allowance, and once that is full the rest of the line.
-    fn readable_length(&mut self) -> Result<usize, Errno> {
-        if !self.readable {
-            return Err(Errno::AGAIN);
-        }
+    /// Takes a permit, if one is free; `release` gives it back.
+    fn take_permit(&mut self) {
         let taken = &self.server.permits_taken;
         if !self.has_permit && taken.get() < PERMITS {
             taken.set(taken.get() + 1);
             self.has_permit = true;
         }
+    }
+
+    /// How many bytes may be read. With a permit, up to one more than the longest line has: it shows that
+    /// a line is too long. Without one, up to the allowance, and once that is full the rest of the line.
+    fn readable_length(&self) -> Result<usize, Errno> {
         let most = if self.has_permit { self.server.options.max_line + 1 } else { ALLOWANCE };
         match most.saturating_sub(self.buffer.len()) {
             0 => self.rest_of_line(),
@@ -901,8 +925,8 @@ impl<'a> Connection<'a> {
     }
 
     /// How many bytes are read without a permit: the rest of the line, if all of it has arrived and its echo
-    /// can leave at once, or what has arrived of a line that is too long, and so is refused. The error is
-    /// CONNRESET after a reset, else NEEDS_PERMIT.
+    /// can leave at once, or what has arrived of a line that is too long, and so is refused; 0 at the end of the
+    /// stream. The error is AGAIN if nothing has arrived, CONNRESET after a reset, else NEEDS_PERMIT.
     fn rest_of_line(&self) -> Result<usize, Errno> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let ((bytes, _), _) = net::recv(self.socket, &mut chunk, RecvFlags::PEEK)?;
@@ -918,7 +942,8 @@ impl<'a> Connection<'a> {
         if leaves && self.server.is_ready() { Ok(length) } else { Err(NEEDS_PERMIT) }
     }
 
-    /// Sends back what is marked for it as it came, and forgets it.
+    /// Sends the lines that are marked for the echo, byte for byte, and drops what is sent; once the echo is given up,
+    /// drops all of them.
     fn try_echo(&mut self) -> Result<usize, Errno> {
         let count = match self.echo_error {
             None => rustix::io::write(self.socket, &self.buffer[..self.unsent])?,
@@ -961,7 +986,7 @@ enum Line {
     TooLong,
 }
 
-/// Looks for the first line of some bytes, of which so many are known to hold no newline. What is
+/// Looks for the first line in `bytes`, the first `searched` of which are known to hold no newline. What is
 /// left when the client has `ended` is a line, too.
 fn first_line(bytes: &[u8], searched: usize, ended: bool, longest: usize) -> Line {
     let head = &bytes[..bytes.len().min(longest)];
@@ -1104,7 +1129,7 @@ pub trait RxExt: Stream + Sized {
     }
 
     /// Emits an item once it is followed by a `window` of silence; with a `max_wait` also the latest
-    /// item of a burst that has lasted for so long.
+    /// item of a burst that has lasted for that long.
     ///
     /// ```text
     /// source              1-2---3-4-5-6-7----|
@@ -1224,8 +1249,8 @@ impl<A: Stream, S: Scheduler> Stream for Debounce<A, S> {
 
 // ---------------------------------------------------------------- standard output
 
-/// What goes to stdout. Tasks add whole lines; one task writes all that a turn of the executor
-/// has left, so that a batch costs one system call and a lone line still appears at once.
+/// What goes to stdout. Tasks add whole lines; one task writes all that a turn of the executor has left: many
+/// lines cost a system call for each 4 KiB (see `atomic_chunk`), and a lone line still appears at once.
 #[derive(Default)]
 pub struct Transcript {
     pub text: RefCell<String>,
@@ -1278,10 +1303,10 @@ impl Transcript {
                     Ok(count) => rest = &rest[count..],
                     // The reader of a closed pipe has seen what it wanted.
                     Err(Errno::PIPE) => return Ok(()),
-                    Err(error) => return Err(failure(&["write to stdout"], error)),
+                    Err(error) => return Err(failure("write to stdout", error)),
                 }
             }
-            // Its memory is for the next turn, unless that was an unusual one.
+            // Its memory is for the next turn, unless this text was unusually long.
             text.clear();
             text.shrink_to(2 * HIGH_WATER_MARK);
             self.writing.set(0);
@@ -1387,31 +1412,13 @@ fn open_anew(stream: BorrowedFd<'static>) -> Result<BorrowedFd<'static>, Errno> 
     Ok(leak(anew?).as_fd())
 }
 
-/// A descriptor's registration with the reactor, made once there is something to wait for: often there is not.
-fn registered<'a, 'fd>(
-    io: &'a mut Option<Async<BorrowedFd<'fd>>>,
-    fd: BorrowedFd<'fd>,
-) -> Result<&'a Async<BorrowedFd<'fd>>, Errno> {
-    Ok(match io {
-        Some(io) => io,
-        none => none.insert(Async::new_nonblocking(fd).map_err(errno)?),
-    })
-}
-
-/// What a descriptor is ready for right now, of what is asked, and whether it is at its end.
-fn poll_now(fd: BorrowedFd, wanted: PollFlags) -> PollFlags {
-    let mut fds = [PollFd::new(&fd, wanted)];
-    let _ = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
-    fds[0].revents()
-}
-
 // ---------------------------------------------------------------- text
 
 /// A line as text: stripped, and with all that could break the line or talk to the terminal escaped as Rust
 /// writes it, `\u{1b}` for ESC. (Backslashes stay as they are: this is to be read, not to be undone.)
 fn text_of(line: &[u8]) -> String {
     let plain = line.trim_ascii();
-    // Most lines are what they show.
+    // Most lines need no more.
     if plain.iter().all(|byte| matches!(byte, b' '..=b'~')) {
         return String::from_utf8_lossy(plain).into_owned();
     }
@@ -1491,8 +1498,8 @@ fn decimal(number: u64) -> String {
 // ---------------------------------------------------------------- errors
 
 /// The error message for an operation that failed: what can't be done, and why.
-fn failure(what: &[&str], error: Errno) -> String {
-    ["cannot ", &what.concat(), ": ", &error_text(error)].concat()
+fn failure(what: &str, error: Errno) -> String {
+    ["cannot ", what, ": ", &error_text(error)].concat()
 }
 
 fn errno(error: io::Error) -> Errno {
