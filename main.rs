@@ -542,6 +542,8 @@ const ALLOWANCE: usize = 256;
 const PERMITS: usize = 8;
 /// The error of an attempt that needs a permit first. (Should the kernel lack memory, it is right to wait as well.)
 const NEEDS_PERMIT: Errno = Errno::NOMEM;
+/// What it fails with once the client's time is over. (TIMEDOUT is the kernel's: the client's network is gone.)
+const TIME_IS_OVER: Errno = Errno::TIME;
 /// How often a task that waits for a permit tries by itself.
 const RETRY: Duration = Duration::from_millis(100);
 /// How late a task may be woken that is due: one timer then serves many.
@@ -715,11 +717,10 @@ impl<'a> Connection<'a> {
                     // It was reset, or waited for long enough: an unfinished line is no line.
                     let Ok(count) = read else { break };
                     ended = count == 0;
-                    // After a failed echo, a reset looks like an end.
-                    if ended && self.echo_error == Some(Errno::CONNRESET) {
+                    // After an echo that failed, a broken connection looks like an end, if none came before (PIPE).
+                    if ended && !matches!(self.echo_error, None | Some(TIME_IS_OVER | Errno::PIPE)) {
                         break;
                     }
-                    self.last_bytes = self.last_bytes.map(|left| left.saturating_sub(count as u64));
                     searched
                 }
                 Next::Emit => {
@@ -735,8 +736,9 @@ impl<'a> Connection<'a> {
                 self.echo_error = self.echo_error.or(echo.err());
             }
             self.release();
-            if self.readable {
-                // A client that never stops sending must not starve the others.
+            if self.readable && (self.has_permit || self.buffer.len() <= ALLOWANCE) {
+                // A client that never stops sending must not starve the others. (Without a permit, one that has read more
+                // than its allowance goes on: else a thousand could hold as much.)
                 future::yield_now().await;
             }
         }
@@ -749,7 +751,7 @@ impl<'a> Connection<'a> {
     /// Whether its time is over, and all is read that had arrived when this was asked first. Later bytes are not
     /// read: else a client that never pauses would have no end.
     fn is_over(&mut self) -> bool {
-        let is_late = self.server.grace_is_over() || self.echo_error == Some(Errno::TIMEDOUT);
+        let is_late = self.server.grace_is_over() || self.echo_error == Some(TIME_IS_OVER);
         let arrived = || ioctl_fionread(self.socket).map_or(1, |arrived| arrived + 1);
         is_late && *self.last_bytes.get_or_insert_with(arrived) == 0
     }
@@ -768,7 +770,7 @@ impl<'a> Connection<'a> {
         let mut lingers = self.emitted > if has_unread { 0 } else { LEAVES_AT_ONCE };
         while lingers {
             let passed = poll_fn(|cx| self.poll_attempt(cx, Awaited::Close(end), Self::discard)).await;
-            lingers = matches!(passed, Ok(1..)) && Instant::now() < end && !self.server.grace_is_over();
+            lingers = matches!(passed, Ok(1..)) && Instant::now() < end && !self.is_over();
             future::yield_now().await;
         }
     }
@@ -837,7 +839,7 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Waits for the client, or for a permit. The error is TIMEDOUT when the time for it is over.
+    /// Waits for the client, or for a permit. The error is TIME_IS_OVER once the time for it is over.
     fn poll_client(&mut self, cx: &mut Context<'_>, awaited: Awaited) -> Poll<Result<(), Errno>> {
         let is_for_permit = awaited == Awaited::Permit;
         if !is_for_permit {
@@ -853,7 +855,7 @@ impl<'a> Connection<'a> {
         let now = Instant::now();
         let deadline = self.deadline_for(awaited, now);
         if deadline <= now {
-            return Poll::Ready(Err(Errno::TIMEDOUT));
+            return Poll::Ready(Err(TIME_IS_OVER));
         }
         let due = if is_for_permit { deadline.min(now + RETRY) } else { deadline };
         self.server.deadlines.set(self.socket, Some(Wait { due, task: cx.waker().clone(), is_for_permit }));
@@ -892,9 +894,7 @@ impl<'a> Connection<'a> {
         self.take_permit();
         let room = self.readable_length()?;
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
-        self.readable = false;
-        let (bytes, _) = rustix::io::read(self.socket, &mut chunk[..room])?;
-        self.readable = bytes.len() == room;
+        let bytes = self.read(&mut chunk[..room])?;
         if self.buffer.len() <= ALLOWANCE {
             // So small, it has no room (see `release`): the spare buffer may have.
             let part = mem::replace(&mut self.buffer, self.server.spare.take());
@@ -925,16 +925,15 @@ impl<'a> Connection<'a> {
     }
 
     /// How many bytes are read without a permit: the rest of the line, if all of it has arrived and its echo
-    /// can leave at once, or what has arrived of a line that is too long, and so is refused; 0 at the end of the
-    /// stream. The error is AGAIN if nothing has arrived, CONNRESET after a reset, else NEEDS_PERMIT.
+    /// can leave at once; or what has arrived of a line that is too long, and so is refused, or that a reset has cut
+    /// off; 0 at the end of the stream. The error is AGAIN if nothing has arrived, else the connection's or NEEDS_PERMIT.
     fn rest_of_line(&self) -> Result<usize, Errno> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let ((bytes, _), _) = net::recv(self.socket, &mut chunk, RecvFlags::PEEK)?;
         let state = poll_now(self.socket.as_fd(), PollFlags::OUT | PollFlags::RDHUP);
         let length = match bytes.iter().position(|&byte| byte == b'\n') {
             Some(index) => index + 1,
-            None if state.contains(PollFlags::HUP) => return Err(Errno::CONNRESET),
-            None if bytes.len() < CHUNK && state.contains(PollFlags::RDHUP) => bytes.len(),
+            None if bytes.len() < CHUNK && state.intersects(PollFlags::RDHUP | PollFlags::HUP) => bytes.len(),
             None if self.buffer.len() + bytes.len() > self.server.options.max_line => bytes.len(),
             None => return Err(NEEDS_PERMIT),
         };
@@ -956,8 +955,17 @@ impl<'a> Connection<'a> {
 
     /// Reads bytes that nobody needs.
     fn discard(&mut self) -> Result<usize, Errno> {
-        let mut chunk = [MaybeUninit::uninit(); CHUNK];
-        Ok(rustix::io::read(self.socket, &mut chunk)?.0.len())
+        Ok(self.read(&mut [MaybeUninit::uninit(); CHUNK])?.len())
+    }
+
+    /// Reads into a chunk.
+    fn read<'c>(&mut self, chunk: &'c mut [MaybeUninit<u8>]) -> Result<&'c [u8], Errno> {
+        let room = chunk.len();
+        self.readable = false;
+        let (bytes, _) = rustix::io::read(self.socket, chunk)?;
+        self.readable = bytes.len() == room;
+        self.last_bytes = self.last_bytes.map(|left| left.saturating_sub(bytes.len() as u64));
+        Ok(bytes)
     }
 
     /// Gives back what it does not need: the room in a buffer that holds little, and the permit with it.

@@ -164,6 +164,29 @@ fn sigterm_serves_all_lines_of_the_backlog_of_a_full_server() {
     }
 }
 
+/// Nor does what such a client has sent behind its line cost it the echo, though nobody waits for it any more.
+#[test]
+fn sigterm_echoes_the_whole_line_to_the_backlog_of_a_full_server() {
+    let mut server = Server::start(&calm(&["--max-conns", "1"]));
+    let mut holder = server.connect();
+    holder.send("half");
+    holder.is_taken();
+    let line = line_of(20_000);
+    let clients: Vec<_> = (0..3)
+        .map(|_| {
+            let mut client = Client::with_small_window(server.loopback());
+            client.send(line.clone() + &"+".repeat(20_000));
+            thread::spawn(move || client.until_closed())
+        })
+        .collect();
+    server.signal(Signal::TERM);
+    let exit = server.exited(ms(7000));
+    assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{:?}", exit.stderr);
+    for client in clients {
+        assert_eq!(client.join().unwrap().len(), line.len());
+    }
+}
+
 /// Nor does the grace run out for lines that are there, whole, while it is stdout that keeps them waiting.
 #[test]
 fn sigterm_at_a_stalled_stdout_loses_no_line_that_is_there() {
@@ -715,6 +738,81 @@ fn lines_before_a_reset_are_received() {
     }
 }
 
+/// The same where clients that stay in the middle of their lines have all permits: who needs one waits for it, gone or not.
+#[test]
+fn lines_before_a_reset_wait_for_their_turn() {
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum End {
+        Reset,
+        Finish,
+        FinishAndReset,
+    }
+    let whole = line_of(5001);
+    let last = line_of(1001).trim().to_owned();
+    for (options, sent, end, received) in [
+        (&[][..], &whole, End::Reset, vec![5000]),
+        (&["--keep-open"], &whole, End::Reset, vec![5000]),
+        (&["--keep-open"], &format!("x\n{whole}"), End::Finish, vec![1, 5000]),
+        (&["--keep-open"], &format!("x\n{last}"), End::Finish, vec![1, 1000]),
+        (&[], &last, End::FinishAndReset, vec![1000]),
+        (&["--keep-open"], &format!("{whole}{last}"), End::FinishAndReset, vec![5000, 1000]),
+        (&[], &last, End::Reset, vec![]),
+        (&["--keep-open"], &format!("{whole}{last}"), End::Reset, vec![5000]),
+    ] {
+        let mut server = Server::start(&calm(options));
+        let holders: Vec<Client> = (0..8)
+            .map(|_| {
+                let mut holder = server.connect();
+                holder.send(&last);
+                holder.is_taken();
+                holder
+            })
+            .collect();
+        server.suspend();
+        let mut client = server.connect();
+        client.send(sent);
+        let port = client.port();
+        if end != End::Reset {
+            client.finish();
+        }
+        thread::sleep(ms(20));
+        if end == End::Finish {
+            drop(client); // the echo has nobody to go to
+        } else {
+            client.reset();
+        }
+        server.wake();
+        thread::sleep(ms(300));
+        holders.into_iter().for_each(Client::reset);
+        let exit = server.stop();
+        let lengths: Vec<usize> = received_from(&exit.stdout, port).iter().map(|line| line.len()).collect();
+        assert_eq!(lengths, received, "{options:?}, {} bytes, {end:?}", sent.len());
+    }
+}
+
+/// A client whose network has gone has ended nothing: what it had begun is no line.
+#[test]
+fn line_of_a_client_that_vanishes_is_none() {
+    in_a_network_of_its_own("echo 2 > /proc/sys/net/ipv4/tcp_retries2", || {
+        let mut server = Server::start(&calm(&["--keep-open"]));
+        let client = Client::with_small_window(server.loopback());
+        let mut writer = client.0.try_clone().unwrap();
+        // Until the server waits for its echo to be taken, and beyond.
+        writer.set_write_timeout(Some(ms(500))).unwrap();
+        let line = line_of(101);
+        while writer.write_all(line.repeat(100).as_bytes()).is_ok() {}
+        let down = Command::new("ip").args(["link", "set", "lo", "down"]).status().unwrap();
+        assert!(down.success());
+        server.stdout.wait_for(CLOSE);
+        let exit = server.stop();
+        let received = received_from(&exit.stdout, client.port());
+        assert!(received.len() > 1000, "only {} lines", received.len());
+        for (i, received) in received.iter().enumerate() {
+            assert_eq!(received.len(), 100, "line {i}: {received}");
+        }
+    });
+}
+
 /// Lines of a client that ends its side in order and then leaves are received with the last, which has no newline.
 #[test]
 fn last_line_of_a_client_that_leaves_is_received() {
@@ -955,6 +1053,29 @@ fn unfinished_lines_take_bounded_memory_and_nobodys_time() {
         server.echo("last\n");
         assert_eq!(observed(&server.stop().stdout), ["last"]);
     }
+}
+
+/// Nor do clients that end theirs, all at once, while others have the permits.
+#[test]
+fn last_lines_take_bounded_memory() {
+    raise_descriptor_limit();
+    let mut server = Server::start(&CALM);
+    let last = "x".repeat(4000);
+    let mut clients: Vec<Client> = (0..1023).map(|_| server.connect()).collect();
+    let (holders, others) = clients.split_at_mut(8);
+    holders.iter_mut().for_each(|holder| holder.send(&last));
+    holders.iter().for_each(|holder| holder.is_taken());
+    server.suspend();
+    for client in &mut *others {
+        client.send(&last);
+        client.finish();
+    }
+    in_bounded_memory(&server, "1,015 last lines", || {
+        server.wake();
+        others.iter_mut().for_each(|client| assert_eq!(client.rest().len(), 4000));
+    });
+    drop(clients);
+    assert_eq!(server.stop().stdout.iter().filter(|line| *line == CLOSE).count(), 1023);
 }
 
 /// Clients that hold unfinished lines, a flood of others and a slow reader together take no short line's turn.
