@@ -752,8 +752,10 @@ impl<'a> Connection<'a> {
     /// read: else a client that never pauses would have no end.
     fn is_over(&mut self) -> bool {
         let is_late = self.server.grace_is_over() || self.echo_error == Some(TIME_IS_OVER);
-        let arrived = || ioctl_fionread(self.socket).map_or(1, |arrived| arrived + 1);
-        is_late && *self.last_bytes.get_or_insert_with(arrived) == 0
+        if is_late && self.last_bytes.is_none() {
+            self.last_bytes = Some(self.arrived() + 1);
+        }
+        self.last_bytes == Some(0)
     }
 
     /// A lingering close: with bytes that nobody has read, the kernel would send a reset, which may cost the client
@@ -931,9 +933,11 @@ impl<'a> Connection<'a> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let ((bytes, _), _) = net::recv(self.socket, &mut chunk, RecvFlags::PEEK)?;
         let state = poll_now(self.socket.as_fd(), PollFlags::OUT | PollFlags::RDHUP);
+        let ended = state.contains(PollFlags::RDHUP);
         let length = match bytes.iter().position(|&byte| byte == b'\n') {
             Some(index) => index + 1,
-            None if bytes.len() < CHUNK && state.intersects(PollFlags::RDHUP | PollFlags::HUP) => bytes.len(),
+            // (A `recv` stops at an urgent byte: the count of the bytes that have arrived says if these are all.)
+            None if ended && self.arrived() == bytes.len() as u64 => bytes.len(),
             None if self.buffer.len() + bytes.len() > self.server.options.max_line => bytes.len(),
             None => return Err(NEEDS_PERMIT),
         };
@@ -941,9 +945,19 @@ impl<'a> Connection<'a> {
         if leaves && self.server.is_ready() { Ok(length) } else { Err(NEEDS_PERMIT) }
     }
 
+    /// How many bytes have arrived and are not read yet.
+    fn arrived(&self) -> u64 {
+        ioctl_fionread(self.socket).unwrap_or(0)
+    }
+
     /// Sends the lines that are marked for the echo, byte for byte, and drops what is sent; once the echo is given up,
     /// drops all of them.
     fn try_echo(&mut self) -> Result<usize, Errno> {
+        // Broken while it waited: `write` would take the error, by which `read` knows that no end came before.
+        let state = || poll_now(self.socket.as_fd(), PollFlags::empty());
+        if self.awaited == Awaited::Room && state().contains(PollFlags::ERR) {
+            self.echo_error = Some(Errno::PIPE);
+        }
         let count = match self.echo_error {
             None => rustix::io::write(self.socket, &self.buffer[..self.unsent])?,
             Some(_) => self.unsent,

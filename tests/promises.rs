@@ -790,27 +790,29 @@ fn lines_before_a_reset_wait_for_their_turn() {
     }
 }
 
-/// A client whose network has gone has ended nothing: what it had begun is no line.
+/// Nor is what a client had begun whose network has gone; unless it had ended its side before.
 #[test]
-fn line_of_a_client_that_vanishes_is_none() {
-    in_a_network_of_its_own("echo 2 > /proc/sys/net/ipv4/tcp_retries2", || {
-        let mut server = Server::start(&calm(&["--keep-open"]));
-        let client = Client::with_small_window(server.loopback());
-        let mut writer = client.0.try_clone().unwrap();
-        // Until the server waits for its echo to be taken, and beyond.
-        writer.set_write_timeout(Some(ms(500))).unwrap();
-        let line = line_of(101);
-        while writer.write_all(line.repeat(100).as_bytes()).is_ok() {}
-        let down = Command::new("ip").args(["link", "set", "lo", "down"]).status().unwrap();
-        assert!(down.success());
-        server.stdout.wait_for(CLOSE);
-        let exit = server.stop();
-        let received = received_from(&exit.stdout, client.port());
-        assert!(received.len() > 1000, "only {} lines", received.len());
-        for (i, received) in received.iter().enumerate() {
-            assert_eq!(received.len(), 100, "line {i}: {received}");
-        }
-    });
+fn line_of_a_client_that_vanishes_is_none_unless_it_has_ended() {
+    for ended in [false, true] {
+        in_a_network_of_its_own("echo 2 > /proc/sys/net/ipv4/tcp_retries2", || {
+            let mut server = Server::start(&calm(&["--keep-open"]));
+            let mut client = Client::with_small_window(server.loopback());
+            // So many that the echo is not all taken, and so few that all of it is in the server's kernel.
+            client.send(line_of(101).repeat(2050));
+            client.send("last");
+            if ended {
+                client.finish();
+            }
+            thread::sleep(ms(500));
+            let down = Command::new("ip").args(["link", "set", "lo", "down"]).status().unwrap();
+            assert!(down.success());
+            server.stdout.wait_for(CLOSE);
+            let exit = server.stop();
+            let received = received_from(&exit.stdout, client.port());
+            assert_eq!(received.len(), 2050 + usize::from(ended), "the client has ended: {ended}");
+            assert_eq!(received.last() == Some(&"last"), ended);
+        });
+    }
 }
 
 /// Lines of a client that ends its side in order and then leaves are received with the last, which has no newline.
@@ -1059,23 +1061,39 @@ fn unfinished_lines_take_bounded_memory_and_nobodys_time() {
 #[test]
 fn last_lines_take_bounded_memory() {
     raise_descriptor_limit();
-    let mut server = Server::start(&CALM);
-    let last = "x".repeat(4000);
-    let mut clients: Vec<Client> = (0..1023).map(|_| server.connect()).collect();
-    let (holders, others) = clients.split_at_mut(8);
-    holders.iter_mut().for_each(|holder| holder.send(&last));
-    holders.iter().for_each(|holder| holder.is_taken());
-    server.suspend();
-    for client in &mut *others {
-        client.send(&last);
-        client.finish();
+    // A single `recv` does not read beyond an urgent byte.
+    for (length, urgent) in [(4000, ""), (4156, "!and more than fits")] {
+        let mut server = Server::start(&CALM);
+        let last = "x".repeat(length);
+        let mut clients: Vec<Client> = (0..1000).map(|_| server.connect()).collect();
+        let others = clients.split_off(8);
+        let mut holders = clients;
+        holders.iter_mut().for_each(|holder| holder.send(&last));
+        holders.iter().for_each(|holder| holder.is_taken());
+        server.suspend();
+        let more = urgent.repeat(250);
+        let mut others: Vec<Client> = others
+            .into_iter()
+            .map(|mut client| {
+                client.send(&last);
+                if !urgent.is_empty() {
+                    client.send_urgent(more.as_bytes()[0]);
+                    client.send(&more[1..]);
+                }
+                client.finish();
+                client
+            })
+            .collect();
+        in_bounded_memory(&server, "992 last lines", || {
+            server.wake();
+            thread::sleep(ms(1000));
+            holders.into_iter().for_each(Client::reset);
+            for client in &mut others {
+                assert!(client.rest() == format!("{last}{more}").as_bytes());
+            }
+        });
+        assert_eq!(server.stop().stdout.iter().filter(|line| *line == CLOSE).count(), 992);
     }
-    in_bounded_memory(&server, "1,015 last lines", || {
-        server.wake();
-        others.iter_mut().for_each(|client| assert_eq!(client.rest().len(), 4000));
-    });
-    drop(clients);
-    assert_eq!(server.stop().stdout.iter().filter(|line| *line == CLOSE).count(), 1023);
 }
 
 /// Clients that hold unfinished lines, a flood of others and a slow reader together take no short line's turn.
