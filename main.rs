@@ -742,7 +742,13 @@ impl<'a> Connection<'a> {
                 future::yield_now().await;
             }
         }
-        self.close(ended).await;
+        let mut lingers = self.shut_down(ended);
+        let end = Instant::now() + GRACE;
+        while lingers {
+            let passed = poll_fn(|cx| self.poll_attempt(cx, Awaited::Close(end), Self::discard)).await;
+            lingers = matches!(passed, Ok(1..)) && Instant::now() < end && !self.is_over();
+            future::yield_now().await;
+        }
         if self.emitted > 0 {
             server.log(&["Close the client socket"]);
         }
@@ -758,23 +764,18 @@ impl<'a> Connection<'a> {
         self.last_bytes == Some(0)
     }
 
-    /// A lingering close: with bytes that nobody has read, the kernel would send a reset, which may cost the client
-    /// the end of its echo. So the sending side is shut down first, and what comes is discarded.
-    async fn close(&mut self, ended: bool) {
+    /// Begins a lingering close, and returns whether it is to go on: with bytes that nobody has read, the kernel would
+    /// send a reset, which may cost the client the end of its echo. So the sending side is shut down first, and what
+    /// comes is discarded.
+    fn shut_down(&mut self, ended: bool) -> bool {
         let has_unread = !self.buffer.is_empty() || (self.readable && matches!(self.discard(), Ok(1..)));
         self.buffer.clear();
         self.release();
         if ended || self.echo_error.is_some() {
-            return;
+            return false;
         }
         let _ = net::shutdown(self.socket, Shutdown::Write);
-        let end = Instant::now() + GRACE;
-        let mut lingers = self.emitted > if has_unread { 0 } else { LEAVES_AT_ONCE };
-        while lingers {
-            let passed = poll_fn(|cx| self.poll_attempt(cx, Awaited::Close(end), Self::discard)).await;
-            lingers = matches!(passed, Ok(1..)) && Instant::now() < end && !self.is_over();
-            future::yield_now().await;
-        }
+        self.emitted > if has_unread { 0 } else { LEAVES_AT_ONCE }
     }
 
     /// Emits the whole lines at the start of the buffer to the subject, for as long as the server is ready,

@@ -248,10 +248,10 @@ fn python() -> Result<PathBuf> {
 }
 
 impl Server {
-    /// Only smolrx can be quiet; Python's instructions would take valgrind minutes.
+    /// Only smolrx is one file, and can be quiet; Python's instructions would take valgrind minutes.
     fn does(&self, measure: &Measure) -> bool {
         match measure.name {
-            "quiet" => self.kind.is_smolrx(),
+            "quiet" | "size" => self.kind.is_smolrx(),
             "instructions" => self.kind != Kind::Python,
             _ => true,
         }
