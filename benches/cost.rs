@@ -797,7 +797,7 @@ fn strace_counts(counts: &str) -> BTreeMap<String, f64> {
 }
 
 /// Instructions in user space of a connection and of a line with `--keep-open`, all threads: those of a run less those
-/// of a run without any. Those of a line hardly move from run to run; those of a connection by a twentieth, with how
+/// of a run without any. Those of a line hardly move from run to run; those of a connection by a tenth, with how
 /// often it has to wait.
 fn instructions(server: &Server, options: &Options) -> Result<Vec<f64>> {
     let valgrind = [
