@@ -2,9 +2,10 @@
 //! and against the Python program it replaces.
 //!
 //! ```sh
-//! cargo bench                                        # the table of the README
+//! cargo bench                                        # the table of benches/README.md
 //! cargo bench -- --svg benches/cost.svg                 # and its chart
-//! cargo bench -- --quick --only syscalls --verbose   # one measure, a tenth of the counts
+//! cargo bench -- --quick                             # whether all of it works: 20 seconds, and the build
+//! cargo bench -- --quick --only syscalls --verbose   # one measure
 //! ```
 //!
 //! Each server is started by this program on a free port and driven over loopback by one thread;
@@ -21,70 +22,63 @@
 
 #![forbid(unsafe_code)]
 
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::io::{ErrorKind, PipeReader, Read, Write, pipe};
+use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{array, env, fs, mem};
+use std::{array, env, fs, mem, panic};
 
+use common::{PATIENCE, Process, eventually, raise_descriptor_limit};
 use rustix::buffer::spare_capacity;
-use rustix::event::{PollFd, PollFlags, Timespec, epoll};
-use rustix::process::{Pid, Resource, Rlimit, Signal};
-
-/// A measure fails with one sentence.
-type Result<T> = std::result::Result<T, String>;
-
-/// The longest that anything may take which should be immediate: to start, to answer, to stop.
-const PATIENCE: Duration = Duration::from_secs(20);
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
+use rustix::process::Signal;
 
 /// How long a server is left alone before its memory or CPU time is read.
 const SETTLE: Duration = Duration::from_millis(100);
 
 fn main() -> ExitCode {
-    let options = match Options::parse(env::args().skip(1)) {
-        Ok(Some(options)) => options,
+    match Options::parse(env::args().skip(1)) {
+        Ok(Some(options)) if run(&options) => ExitCode::SUCCESS,
+        Ok(Some(_)) => ExitCode::FAILURE,
         Ok(None) => {
             print!("{HELP}");
-            return ExitCode::SUCCESS;
+            ExitCode::SUCCESS
         }
         Err(sentence) => {
             eprintln!("cost: {sentence}; try --help");
-            return ExitCode::from(2);
-        }
-    };
-    match run(&options) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(sentence) => {
-            eprintln!("cost: {sentence}");
-            ExitCode::FAILURE
+            ExitCode::from(2)
         }
     }
 }
 
-/// Takes every measure of every server, prints the table and writes the chart. False when a
-/// measure failed: its cell is empty and stderr says why.
-fn run(options: &Options) -> Result<bool> {
+/// Takes every measure of every server, prints the table and writes the chart. False when a measure failed, which
+/// is a panic: its cell is empty and stderr says why.
+fn run(options: &Options) -> bool {
     let began = Instant::now();
-    raise_descriptor_limit()?;
-    let servers = servers()?;
+    raise_descriptor_limit();
+    let servers = servers();
     let mut figures = Vec::new();
     let mut complete = true;
+    panic::set_hook(Box::new(|_| {})); // `take` says it
     for measure in MEASURES.iter().filter(|measure| options.wants(measure)) {
         complete &= take(measure, &servers, options, &mut figures);
     }
+    let _ = panic::take_hook();
     let notes = notes(options);
     print!("{}", table(&servers, &figures, &notes));
     if let Some(file) = &options.svg {
-        let svg = chart(&servers, &figures, &notes);
-        fs::write(file, svg).map_err(|e| format!("cannot write {}: {e}", file.display()))?;
+        fs::write(file, chart(&servers, &figures, &notes)).expect("the chart can be written");
     }
     eprintln!("{} seconds in all", began.elapsed().as_secs());
-    Ok(complete)
+    complete
 }
 
 // ---- Options ----
@@ -95,7 +89,7 @@ Usage: cargo bench [-- OPTIONS]
       --only MEASURE  size, connections, syscalls, instructions, keep-open, quiet, memory
                       or start; may be repeated
       --quick         a tenth of the counts
-      --rounds N      rounds of each measure [default: 5]
+      --rounds N      rounds of each measure [default: 5, with --quick 1]
       --svg FILE      also write the table as a chart
   -v, --verbose       every system call by name, on stderr
   -h, --help          print this
@@ -120,21 +114,22 @@ struct Counts {
 
 impl Options {
     /// `None` when help was asked for.
-    fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Self>> {
-        let (mut only, mut rounds, mut svg, mut share, mut verbose) = (vec![], 5, None, 1, false);
+    fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Self>, String> {
+        let (mut only, mut rounds, mut svg, mut share, mut verbose) = (vec![], None, None, 1, false);
         while let Some(arg) = args.next() {
             let mut value = || args.next().ok_or(format!("{arg} needs a value"));
             match arg.as_str() {
                 "--bench" => {} // cargo's own word
                 "--only" => only.push(value()?),
                 "--quick" => share = 10,
-                "--rounds" => rounds = value()?.parse().unwrap_or(0),
+                "--rounds" => rounds = Some(value()?.parse().unwrap_or(0)),
                 "--svg" => svg = Some(value()?.into()),
                 "-v" | "--verbose" => verbose = true,
                 "-h" | "--help" => return Ok(None),
                 _ => return Err(format!("unknown option {arg}")),
             }
         }
+        let rounds = rounds.unwrap_or(if share == 1 { 5 } else { 1 });
         if !(1..=100).contains(&rounds) {
             return Err("--rounds takes a number from 1 to 100".into());
         }
@@ -198,7 +193,7 @@ enum Mode {
 }
 
 /// All servers that this machine can run; stderr names the missing ones.
-fn servers() -> Result<Vec<Server>> {
+fn servers() -> Vec<Server> {
     let ours = PathBuf::from(env!("CARGO_BIN_EXE_smolrx"));
     let mut servers = vec![Server { name: "smolrx", kind: Kind::Ours, program: ours }];
     if let Some(program) = env::var_os("SMOLRX_IMAGE_BIN").map(PathBuf::from) {
@@ -215,14 +210,14 @@ fn servers() -> Result<Vec<Server>> {
         Ok(program) => servers.push(Server { name: "Python", kind: Kind::Python, program }),
         Err(sentence) => eprintln!("without the Python baseline: {sentence}"),
     }
-    Ok(servers)
+    servers
 }
 
 fn in_package(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-fn compiled_floor() -> Result<PathBuf> {
+fn compiled_floor() -> Result<PathBuf, String> {
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("floor");
     let mut cc = Command::new("cc");
     cc.args(["-O2", "-o"]).arg(&program).arg(in_package("benches/floor.c"));
@@ -233,11 +228,7 @@ fn compiled_floor() -> Result<PathBuf> {
     }
 }
 
-fn python() -> Result<PathBuf> {
-    let script = in_package(BASELINE);
-    if !script.exists() {
-        return Err(format!("there is no {}", script.display()));
-    }
+fn python() -> Result<PathBuf, String> {
     let python = env::var_os("BASELINE_PYTHON").unwrap_or("python3".into());
     let mut import = Command::new(&python);
     import.args(["-c", "import reactivex"]).stderr(Stdio::null());
@@ -257,8 +248,8 @@ impl Server {
         }
     }
 
-    fn command(&self, mode: Mode, port: u16) -> Vec<String> {
-        let port = port.to_string();
+    /// The command that starts it on a free port.
+    fn command(&self, mode: Mode) -> Vec<String> {
         let mut command = vec![self.program.display().to_string()];
         let mut add = |words: &[&str]| command.extend(words.iter().map(|word| word.to_string()));
         match self.kind {
@@ -267,7 +258,7 @@ impl Server {
                 add(&[&in_package(BASELINE).display().to_string()]);
                 add(&["--tcp-port", "0", "--interval", "60000"]);
             }
-            _ => add(&["--tcp-port", &port]),
+            _ => add(&["--tcp-port", "0"]),
         }
         match mode {
             Mode::KeepOpen => add(&["--keep-open"]),
@@ -278,160 +269,97 @@ impl Server {
         command
     }
 
-    fn start(&self, mode: Mode) -> Result<Running> {
-        // Who is quiet does not say which port it has.
-        let port = if mode == Mode::Quiet { free_port()? } else { 0 };
-        Running::start(self.kind, &self.command(mode, port), port)
+    fn start(&self, mode: Mode) -> Running {
+        Running::start(self.kind, mode, &self.command(mode))
     }
 
-    /// Starts it under a tool that counts; returns what the tool writes to its file when the server has ended.
-    fn counted(
-        &self,
-        tool: &[&str],
-        mode: Mode,
-        drive: impl FnOnce(Running) -> Result<()>,
-    ) -> Result<String> {
+    /// Starts it under a tool that counts; returns what the tool has written to its file once that has this line's
+    /// start.
+    fn counted(&self, tool: &[&str], mode: Mode, drive: impl FnOnce(Running), last: &str) -> String {
         let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(tool[0]);
+        let _ = fs::remove_file(&file);
         let words = tool.iter().map(|word| word.replace("FILE", &file.display().to_string()));
-        let command: Vec<String> = words.chain(self.command(mode, 0)).collect();
-        drive(Running::start(self.kind, &command, 0)?)?;
-        fs::read_to_string(&file).map_err(|e| format!("{} counted nothing: {e}", tool[0]))
+        let command: Vec<String> = words.chain(self.command(mode)).collect();
+        drive(Running::start(self.kind, mode, &command));
+        let mut counts = String::new();
+        eventually(PATIENCE, "its counts", || {
+            counts = fs::read_to_string(&file).unwrap_or_default();
+            counts.lines().any(|line| line.contains(last))
+        });
+        counts
     }
 }
 
-/// A port that nobody listens on right now.
-fn free_port() -> Result<u16> {
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).and_then(|socket| socket.local_addr());
-    listener.map(|address| address.port()).map_err(|e| format!("no port is free: {e}"))
-}
-
-/// A server that serves. Killed when dropped.
+/// A server that serves.
 struct Running {
     kind: Kind,
-    child: Child,
-    /// Of the server itself, also when the child is strace.
-    pid: Pid,
+    process: Process,
     port: u16,
-    log: Option<JoinHandle<Log>>,
+    log: JoinHandle<Log>,
 }
 
 impl Running {
-    /// Starts one, on a port; without one (0), its first line says which it has.
-    fn start(kind: Kind, command: &[String], port: u16) -> Result<Self> {
-        let mut child = Command::new(&command[0])
-            .args(&command[1..])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(|e| format!("cannot start {}: {e}", command[0]))?;
-        let mut stdout = child.stdout.take().expect("stdout is piped");
-        let mut running = Running { kind, pid: Pid::from_child(&child), child, port, log: None };
-        if port == 0 {
-            let line = first_line(&mut stdout)?;
-            running.port = line
-                .strip_prefix("Serving on ")
-                .and_then(|address| address.rsplit_once(':')?.1.parse().ok())
-                .ok_or(format!("its first line is no address: {line}"))?;
-        } else {
-            within(PATIENCE, "its port", || running.connect(0).ok())?;
-        }
-        if command[0] == "strace" {
-            let tracer = running.pid.as_raw_nonzero();
-            let children = fs::read_to_string(format!("/proc/{tracer}/task/{tracer}/children"))
-                .map_err(|e| format!("cannot list the children of strace: {e}"))?;
-            let pid = children.split_whitespace().next().and_then(|pid| pid.parse().ok());
-            running.pid = pid.and_then(Pid::from_raw).ok_or("strace has no child")?;
-        }
-        running.log = Some(Log::collect(stdout)?);
-        Ok(running)
+    /// Starts one, whose first line says which port it has, unless it is quiet.
+    fn start(kind: Kind, mode: Mode, command: &[String]) -> Self {
+        let (mut stdout, end) = pipe().unwrap();
+        let mut program = Command::new(&command[0]);
+        program.args(&command[1..]).stdout(end);
+        let process = Process::spawn_with_output(program);
+        let port = match mode {
+            Mode::Quiet => process.listening_port(),
+            _ => {
+                let line = first_line(&mut stdout);
+                let port = line.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+                port.unwrap_or_else(|| panic!("its first line is no address: {line}"))
+            }
+        };
+        Running { kind, process, port, log: Log::collect(stdout) }
     }
 
     /// Asks it to end, and compares what it logged with what it was sent.
-    fn stop(mut self, lines: usize, connections: usize) -> Result<()> {
-        rustix::process::kill_process(self.pid, Signal::TERM).map_err(|e| e.to_string())?;
-        let status = within(PATIENCE, "its end", || self.child.try_wait().ok().flatten())?;
-        if self.kind.is_smolrx() && !status.success() {
-            return Err(format!("it ended with {status}"));
+    fn stop(mut self, lines: usize, connections: usize) {
+        if self.kind.is_smolrx() {
+            self.process.stop();
+        } else {
+            self.process.signal(Signal::TERM);
+            self.process.exited(PATIENCE);
         }
-        let log = self.log.take().expect("taken once").join().map_err(|_| "the log's reader died")?;
+        let log = self.log.join().expect("the log's reader lives");
         let expected = Log { received: lines, sent: lines, closed: connections, ..log };
-        if log == expected { Ok(()) } else { Err(format!("it logged {log}, not {expected}")) }
+        assert!(log == expected, "it logged {log}, not {expected}");
     }
 
-    /// User and system time of all its threads, in nanoseconds. The scheduler's figure is exact
-    /// but forgets threads that have ended; the clock ticks (1/100 s) remember them.
-    fn cpu(&self) -> Result<u64> {
-        let mut exact = 0;
-        for task in fs::read_dir(self.proc("task")).map_err(|e| format!("no CPU time: {e}"))? {
-            let Ok(task) = task else { continue };
-            let schedstat = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
-            exact += schedstat.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0);
-        }
-        let stat = fs::read_to_string(self.proc("stat")).map_err(|e| format!("no CPU time: {e}"))?;
-        let (_, fields) = stat.rsplit_once(") ").ok_or("no CPU time in /proc/PID/stat")?;
-        let ticks: u64 = fields.split(' ').skip(11).take(2).flat_map(str::parse::<u64>).sum();
-        Ok(exact.max(ticks * 10_000_000))
+    /// CPU time of all its threads, in nanoseconds.
+    fn cpu(&self) -> f64 {
+        self.process.activity().0.as_nanos() as f64
     }
 
-    /// Resident memory in bytes.
-    fn resident(&self) -> Result<f64> {
-        // VmRSS in /proc/PID/status is some pages off on kernels that count per CPU.
-        let smaps = fs::read_to_string(self.proc("smaps_rollup")).map_err(|e| e.to_string())?;
-        let rss = smaps.lines().find_map(|line| line.strip_prefix("Rss:"));
-        let kib: Option<f64> = rss.and_then(|rss| rss.trim().trim_end_matches(" kB").parse().ok());
-        Ok(kib.ok_or("no Rss in smaps_rollup")? * 1024.0)
-    }
-
-    /// Open descriptors.
-    fn descriptors(&self) -> usize {
-        let fds = self.proc("fd");
-        match fs::metadata(&fds).map(|fds| fds.len() as usize) {
-            Ok(0) | Err(_) => fs::read_dir(fds).map_or(0, Iterator::count), // before Linux 6.2
-            Ok(count) => count,
-        }
-    }
-
-    fn proc(&self, file: &str) -> PathBuf {
-        format!("/proc/{}/{file}", self.pid.as_raw_nonzero()).into()
+    /// Resident memory in bytes. (VmRSS in /proc/PID/status is some pages off on kernels that count per CPU.)
+    fn resident(&self) -> f64 {
+        let rss = self.process.proc_field("smaps_rollup", "Rss:");
+        rss.trim_end_matches(" kB").parse::<f64>().unwrap() * 1024.0
     }
 
     /// Connects to it. The last byte of the address varies, so that no count of connections runs
     /// out of ports.
-    fn connect(&self, nth: usize) -> Result<TcpStream> {
+    fn connect(&self, nth: usize) -> TcpStream {
         let address = Ipv4Addr::new(127, 0, 0, 1 + (nth % 8) as u8);
-        let connected = TcpStream::connect((address, self.port));
-        connected.map_err(|e| format!("cannot connect to {address}:{}: {e}", self.port))
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if !matches!(self.child.try_wait(), Ok(Some(_))) {
-            let _ = rustix::process::kill_process(self.pid, Signal::KILL);
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
+        TcpStream::connect((address, self.port)).expect("it can be connected to")
     }
 }
 
 /// Reads the one line by which a server says that it is ready.
-fn first_line(stdout: &mut ChildStdout) -> Result<String> {
-    let deadline = Instant::now() + PATIENCE;
+fn first_line(stdout: &mut PipeReader) -> String {
     let mut line = Vec::new();
     while !line.ends_with(b"\n") {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).map_err(|e| e.to_string())?;
         let mut readable = [PollFd::new(stdout, PollFlags::IN)];
-        if rustix::event::poll(&mut readable, Some(&left)).is_ok_and(|ready| ready == 0) {
-            return Err("it never said that it serves".into());
-        }
+        let ready = poll(&mut readable, Some(&Timespec::try_from(PATIENCE).unwrap()));
+        assert_eq!(ready, Ok(1), "it never said that it serves");
         let mut byte = [0];
-        if !stdout.read(&mut byte).is_ok_and(|n| n == 1) {
-            return Err("it ended before it served".into());
-        }
+        stdout.read_exact(&mut byte).expect("it serves");
         line.extend(byte);
     }
-    Ok(String::from_utf8_lossy(&line).trim_end().into())
+    String::from_utf8_lossy(&line).trim_end().into()
 }
 
 /// How many lines of each sort a server has logged.
@@ -446,11 +374,11 @@ struct Log {
 
 impl Log {
     /// Empties the pipe every millisecond until the server ends.
-    fn collect(mut stdout: ChildStdout) -> Result<JoinHandle<Log>> {
+    fn collect(mut stdout: PipeReader) -> JoinHandle<Log> {
         // Both spare the server the waits and wake-ups of a full and of an empty pipe.
         let _ = rustix::pipe::fcntl_setpipe_size(&stdout, 1 << 20);
-        rustix::io::ioctl_fionbio(&stdout, true).map_err(|e| e.to_string())?;
-        Ok(thread::spawn(move || {
+        rustix::io::ioctl_fionbio(&stdout, true).unwrap();
+        thread::spawn(move || {
             let (mut log, mut buffer, mut line_starts) = (Log::default(), [0; 1 << 16], true);
             loop {
                 match stdout.read(&mut buffer) {
@@ -465,7 +393,7 @@ impl Log {
                     Err(_) => thread::sleep(Duration::from_millis(1)),
                 }
             }
-        }))
+        })
     }
 
     /// Counts a line by its first letter.
@@ -485,26 +413,6 @@ impl std::fmt::Display for Log {
     }
 }
 
-/// Asks again every millisecond until there is an answer.
-fn within<T>(limit: Duration, what: &str, mut ask: impl FnMut() -> Option<T>) -> Result<T> {
-    let began = Instant::now();
-    while began.elapsed() < limit {
-        if let Some(answer) = ask() {
-            return Ok(answer);
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
-    Err(format!("waited {} seconds for {what}", limit.as_secs()))
-}
-
-/// For ten thousand connections at both ends; the servers inherit it.
-fn raise_descriptor_limit() -> Result<()> {
-    let Rlimit { maximum, .. } = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: maximum, maximum };
-    rustix::process::setrlimit(Resource::Nofile, raised)
-        .map_err(|e| format!("cannot raise the descriptor limit: {e}"))
-}
-
 // ---- The clients ----
 
 /// How many connections are in work at once.
@@ -522,13 +430,13 @@ struct Client {
 }
 
 impl Client {
-    fn connect(server: &Running, nth: usize, script: Vec<u8>) -> Result<Self> {
+    fn connect(server: &Running, nth: usize, script: Vec<u8>) -> Self {
         let since = Instant::now();
-        let stream = server.connect(nth)?;
-        stream.set_nonblocking(true).map_err(|e| e.to_string())?;
+        let stream = server.connect(nth);
+        stream.set_nonblocking(true).unwrap();
         let mut client = Client { stream, script, sent: 0, echoed: 0, since, latency: Duration::ZERO };
-        client.send()?;
-        Ok(client)
+        client.send();
+        client
     }
 
     fn has_sent(&self) -> bool {
@@ -536,35 +444,35 @@ impl Client {
     }
 
     /// Sends what the socket takes.
-    fn send(&mut self) -> Result<()> {
+    fn send(&mut self) {
         while !self.has_sent() {
             match self.stream.write(&self.script[self.sent..]) {
                 Ok(n) => self.sent += n,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) => return Err(format!("cannot send: {e}")),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => panic!("cannot send: {error}"),
             }
         }
-        Ok(())
     }
 
     /// Reads once and compares. True when the server has closed, having echoed everything.
-    fn receive(&mut self, buffer: &mut [u8]) -> Result<bool> {
+    fn receive(&mut self, buffer: &mut [u8]) -> bool {
         match self.stream.read(buffer) {
-            Ok(0) if self.echoed == self.script.len() => Ok(true),
-            Ok(0) => Err(format!("closed after {} bytes of the echo", self.echoed)),
+            Ok(0) => {
+                assert_eq!(self.echoed, self.script.len(), "bytes of the echo, then the end");
+                return true;
+            }
             Ok(n) => {
-                if !self.script[self.echoed..].starts_with(&buffer[..n]) {
-                    return Err(format!("the echo differs after {} bytes", self.echoed));
-                }
+                let is_echo = self.script[self.echoed..].starts_with(&buffer[..n]);
+                assert!(is_echo, "the echo differs after {} bytes", self.echoed);
                 self.echoed += n;
                 if self.echoed == self.script.len() {
                     self.latency = self.since.elapsed();
                 }
-                Ok(false)
             }
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            Err(e) => Err(format!("cannot receive: {e}")),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => panic!("cannot receive: {error}"),
         }
+        false
     }
 }
 
@@ -575,12 +483,11 @@ fn drive(
     count: usize,
     shut_down: bool,
     script: impl Fn(usize) -> Vec<u8>,
-) -> Result<Vec<Duration>> {
+) -> Vec<Duration> {
     const READ: epoll::EventFlags = epoll::EventFlags::IN;
     const WRITE: epoll::EventFlags = epoll::EventFlags::OUT;
     const LIMIT: Timespec = Timespec { tv_sec: PATIENCE.as_secs() as i64, tv_nsec: 0 };
-    let failed = |e| format!("epoll: {e}");
-    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?;
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
     let mut events = Vec::with_capacity(AT_ONCE);
     let mut buffer = vec![0; 1 << 16];
     let mut latencies = Vec::with_capacity(count);
@@ -591,45 +498,42 @@ fn drive(
         while opened < count
             && let Some(slot) = vacant.pop()
         {
-            let client = Client::connect(server, opened, script(opened))?;
+            let client = Client::connect(server, opened, script(opened));
             opened += 1;
             let wish = if shut_down || !client.has_sent() { READ | WRITE } else { READ };
             let data = epoll::EventData::new_u64(slot as u64);
-            epoll::add(&epoll, &client.stream, data, wish).map_err(failed)?;
+            epoll::add(&epoll, &client.stream, data, wish).unwrap();
             clients[slot] = Some(client);
         }
         events.clear();
-        epoll::wait(&epoll, spare_capacity(&mut events), Some(&LIMIT)).map_err(failed)?;
-        if events.is_empty() {
-            let done = latencies.len();
-            return Err(format!("stalled after {done} connections, with {} open", opened - done));
-        }
+        epoll::wait(&epoll, spare_capacity(&mut events), Some(&LIMIT)).unwrap();
+        assert!(!events.is_empty(), "stalled after {} of {opened} connections", latencies.len());
         for event in &events {
             // Copies, for the kernel packs the struct.
             let (data, flags) = (event.data, event.flags);
             let slot = data.u64() as usize;
             let client = clients[slot].as_mut().expect("a closed client has no events");
             if flags.contains(WRITE) {
-                client.send()?;
+                client.send();
                 if client.has_sent() {
                     if shut_down {
-                        client.stream.shutdown(Shutdown::Write).map_err(|e| e.to_string())?;
+                        client.stream.shutdown(Shutdown::Write).unwrap();
                     }
-                    epoll::modify(&epoll, &client.stream, data, READ).map_err(failed)?;
+                    epoll::modify(&epoll, &client.stream, data, READ).unwrap();
                 }
             }
-            if flags != WRITE && client.receive(&mut buffer)? {
+            if flags != WRITE && client.receive(&mut buffer) {
                 latencies.push(client.latency);
                 clients[slot] = None; // which closes it, and so leaves the epoll set
                 vacant.push(slot);
             }
         }
     }
-    Ok(latencies)
+    latencies
 }
 
 /// Connections of one short line each, no two lines alike.
-fn drive_lines(server: &Running, count: usize) -> Result<Vec<Duration>> {
+fn drive_lines(server: &Running, count: usize) -> Vec<Duration> {
     drive(server, count, false, |nth| format!("line {nth}\n").into_bytes())
 }
 
@@ -646,7 +550,7 @@ struct Measure {
     rows: &'static [Row],
     rounds: fn(&Options) -> usize,
     /// Takes it once of one server: a figure for each row.
-    take: fn(&Server, &Options) -> Result<Vec<f64>>,
+    take: fn(&Server, &Options) -> Vec<f64>,
 }
 
 struct Row {
@@ -726,64 +630,66 @@ const MEASURES: &[Measure] = &[
 ];
 
 /// The program as a file, and as the compressed layer of an image that holds nothing else.
-fn size(server: &Server, _: &Options) -> Result<Vec<f64>> {
-    let bytes = fs::metadata(&server.program).map_err(|e| format!("no size: {e}"))?.len();
+fn size(server: &Server, _: &Options) -> Vec<f64> {
+    let bytes = fs::metadata(&server.program).unwrap().len();
     let layer = "tar -C \"${1%/*}\" --transform='s/.*/smolrx/' --owner=0 --group=0 --mtime=@0 -c \"${1##*/}\" | gzip -n | wc -c";
-    let layer = Command::new("sh").args(["-c", layer, "sh"]).arg(&server.program).output();
-    let layer = layer.ok().and_then(|output| String::from_utf8_lossy(&output.stdout).trim().parse().ok());
-    Ok(vec![bytes as f64, layer.ok_or("tar and gzip print no size")?])
+    let layer = Command::new("sh").args(["-c", layer, "sh"]).arg(&server.program).output().unwrap();
+    let layer = String::from_utf8_lossy(&layer.stdout).trim().parse();
+    vec![bytes as f64, layer.expect("tar and gzip print a size")]
 }
 
 /// Connections of one line each: how many a second, what each costs the server, how long each
 /// takes. The driver is one thread and works as hard as the server: where both are fast, the rate
 /// is the driver's, and the CPU time tells them apart.
-fn connections(server: &Server, options: &Options) -> Result<Vec<f64>> {
+fn connections(server: &Server, options: &Options) -> Vec<f64> {
     let warm_up = 10 * AT_ONCE;
     let count = options.counts.connections;
-    let server = server.start(Mode::OneLine)?;
-    drive_lines(&server, warm_up)?;
+    let server = server.start(Mode::OneLine);
+    drive_lines(&server, warm_up);
     thread::sleep(SETTLE);
-    let (cpu, began) = (server.cpu()?, Instant::now());
-    let mut latencies = drive_lines(&server, count)?;
+    let (cpu, began) = (server.cpu(), Instant::now());
+    let mut latencies = drive_lines(&server, count);
     let elapsed = began.elapsed();
     thread::sleep(SETTLE);
-    let cpu = server.cpu()? - cpu;
-    server.stop(warm_up + count, warm_up + count)?;
+    let cpu = server.cpu() - cpu;
+    server.stop(warm_up + count, warm_up + count);
     latencies.sort_unstable();
     let latency = |percent: usize| latencies[(count - 1) * percent / 100].as_secs_f64() * 1e6;
-    Ok(vec![
+    vec![
         count as f64 / elapsed.as_secs_f64(),
-        cpu as f64 / 1e3 / count as f64,
+        cpu / 1e3 / count as f64,
         latency(50),
         latency(99),
         latency(100),
-    ])
+    ]
 }
 
 /// System calls of a connection, all threads: those of a run less those of a run without any
 /// connection. strace slows the server down, so that more is ready at each of its waits.
-fn syscalls(server: &Server, options: &Options) -> Result<Vec<f64>> {
+fn syscalls(server: &Server, options: &Options) -> Vec<f64> {
     let count = options.counts.traced;
-    let trace = |connections: usize| -> Result<BTreeMap<String, f64>> {
-        let counts = server.counted(&["strace", "-f", "-c", "-o", "FILE"], Mode::OneLine, |server| {
-            drive_lines(&server, connections)?;
+    let trace = |connections: usize| {
+        // As the grandchild (-D): the server is our own child.
+        let strace = ["strace", "-D", "-f", "-c", "-o", "FILE"];
+        let drive = |server: Running| {
+            drive_lines(&server, connections);
             thread::sleep(SETTLE);
-            server.stop(connections, connections)
-        })?;
-        Ok(strace_counts(&counts))
+            server.stop(connections, connections);
+        };
+        strace_counts(&server.counted(&strace, Mode::OneLine, drive, " total"))
     };
-    let (without, mut with) = (trace(0)?, trace(count)?);
+    let (without, mut with) = (trace(0), trace(count));
     for (name, calls) in &mut with {
         *calls = (*calls - without.get(name).unwrap_or(&0.0)) / count as f64;
     }
-    let total = with.remove("total").ok_or("strace counted nothing")?;
+    let total = with.remove("total").unwrap();
     if options.verbose {
         let mut calls: Vec<_> = with.iter().filter(|(_, calls)| calls.abs() >= 0.005).collect();
         calls.sort_by(|a, b| b.1.total_cmp(a.1));
         let calls: Vec<_> = calls.iter().map(|(name, calls)| format!("{calls:.2} {name}")).collect();
         eprint!("{}; ", calls.join(", "));
     }
-    Ok(vec![total])
+    vec![total]
 }
 
 /// The calls by name, and `total`, of what `strace -c` prints: share, seconds, microseconds each,
@@ -799,7 +705,7 @@ fn strace_counts(counts: &str) -> BTreeMap<String, f64> {
 /// Instructions in user space of a connection and of a line with `--keep-open`, all threads: those of a run less those
 /// of a run without any. Those of a line hardly move from run to run; those of a connection by a tenth, with how
 /// often it has to wait.
-fn instructions(server: &Server, options: &Options) -> Result<Vec<f64>> {
+fn instructions(server: &Server, options: &Options) -> Vec<f64> {
     let valgrind = [
         "valgrind",
         "-q",
@@ -808,86 +714,82 @@ fn instructions(server: &Server, options: &Options) -> Result<Vec<f64>> {
         "--cachegrind-out-file=FILE",
         "--log-file=/dev/null",
     ];
-    let count = |mode: Mode, connections: usize, each: usize| -> Result<f64> {
-        let counts = server.counted(&valgrind, mode, |server| {
-            drive(&server, connections, mode == Mode::KeepOpen, |client| pipelined(client, each))?;
+    let count = |mode: Mode, connections: usize, each: usize| -> f64 {
+        let drive = |server: Running| {
+            drive(&server, connections, mode == Mode::KeepOpen, |client| pipelined(client, each));
             thread::sleep(SETTLE);
-            server.stop(connections * each, connections)
-        })?;
-        let summary = counts.lines().find_map(|line| line.strip_prefix("summary: "));
-        summary.and_then(|summary| summary.parse().ok()).ok_or("valgrind prints no summary".into())
+            server.stop(connections * each, connections);
+        };
+        let counts = server.counted(&valgrind, mode, drive, "summary: ");
+        counts.rsplit("summary: ").next().unwrap().trim().parse().unwrap()
     };
     let (connections, each) = (options.counts.traced, options.counts.traced / 2);
     let per_connection =
-        (count(Mode::OneLine, connections, 1)? - count(Mode::OneLine, 0, 1)?) / connections as f64;
-    let lines = count(Mode::KeepOpen, AT_ONCE, each)? - count(Mode::KeepOpen, 0, 1)?;
-    Ok(vec![per_connection, lines / (AT_ONCE * each) as f64])
+        (count(Mode::OneLine, connections, 1) - count(Mode::OneLine, 0, 1)) / connections as f64;
+    let lines = count(Mode::KeepOpen, AT_ONCE, each) - count(Mode::KeepOpen, 0, 1);
+    vec![per_connection, lines / (AT_ONCE * each) as f64]
 }
 
 /// Short lines, pipelined: every client sends all of its lines as fast as the socket takes them.
-fn keep_open(server: &Server, mode: Mode, options: &Options) -> Result<Vec<f64>> {
+fn keep_open(server: &Server, mode: Mode, options: &Options) -> Vec<f64> {
     // Python's hundredfold share of the time would buy no better figure.
     let share = if server.kind == Kind::Python { 10 } else { 1 };
     let each = options.counts.lines / share / AT_ONCE;
     let lines = each * AT_ONCE;
-    let server = server.start(mode)?;
+    let server = server.start(mode);
     let scripts: Vec<Vec<u8>> = (0..AT_ONCE).map(|client| pipelined(client, each)).collect();
     thread::sleep(SETTLE);
-    let (cpu, began) = (server.cpu()?, Instant::now());
-    drive(&server, AT_ONCE, true, |client| scripts[client].clone())?;
+    let (cpu, began) = (server.cpu(), Instant::now());
+    drive(&server, AT_ONCE, true, |client| scripts[client].clone());
     let elapsed = began.elapsed();
     thread::sleep(SETTLE);
-    let cpu = server.cpu()? - cpu;
+    let cpu = server.cpu() - cpu;
     if mode == Mode::Quiet {
-        server.stop(0, 0)?
+        server.stop(0, 0);
     } else {
-        server.stop(lines, AT_ONCE)?
+        server.stop(lines, AT_ONCE);
     }
-    Ok(vec![lines as f64 / elapsed.as_secs_f64(), cpu as f64 / 1e3 / lines as f64])
+    vec![lines as f64 / elapsed.as_secs_f64(), cpu / 1e3 / lines as f64]
 }
 
 /// Resident memory of a fresh server, what each idle connection adds, and what is left when all
 /// of them have gone. The kernel's share of a connection is not in it.
-fn memory(server: &Server, options: &Options) -> Result<Vec<f64>> {
+fn memory(server: &Server, options: &Options) -> Vec<f64> {
     const STEP: usize = 64; // fewer than any backlog
     let count = options.counts.idle;
-    let server = server.start(Mode::ManyIdle)?;
+    let server = server.start(Mode::ManyIdle);
     thread::sleep(SETTLE);
-    let (idle, before) = (server.resident()?, server.descriptors());
+    let (idle, before) = (server.resident(), server.process.descriptors());
     let mut clients = Vec::with_capacity(count);
     while clients.len() < count {
-        for nth in clients.len()..count.min(clients.len() + STEP) {
-            clients.push(server.connect(nth)?);
-        }
+        let step = clients.len()..count.min(clients.len() + STEP);
+        clients.extend(step.map(|nth| server.connect(nth)));
         let all = before + clients.len();
-        within(PATIENCE, "accept", || (server.descriptors() >= all).then_some(()))?;
+        eventually(PATIENCE, "all are accepted", || server.process.descriptors() >= all);
     }
     thread::sleep(5 * SETTLE);
-    let full = server.resident()?;
+    let full = server.resident();
     drop(clients);
-    within(PATIENCE, "close", || (server.descriptors() <= before).then_some(()))?;
+    eventually(PATIENCE, "all are closed", || server.process.descriptors() <= before);
     thread::sleep(5 * SETTLE);
-    let after = server.resident()?;
-    server.stop(0, 0)?;
-    Ok(vec![idle / 1024.0, (full - idle) / count as f64, after / 1024.0])
+    let after = server.resident();
+    server.stop(0, 0);
+    vec![idle / 1024.0, (full - idle) / count as f64, after / 1024.0]
 }
 
 /// From before the fork to the last byte of the first echo.
-fn start(server: &Server, _: &Options) -> Result<Vec<f64>> {
+fn start(server: &Server, _: &Options) -> Vec<f64> {
     let began = Instant::now();
-    let server = server.start(Mode::OneLine)?;
-    let mut stream = server.connect(0)?;
-    let line = b"first\n";
+    let server = server.start(Mode::OneLine);
+    let mut stream = server.connect(0);
     let mut echo = [0; 6];
-    stream.write_all(line).and_then(|()| stream.read_exact(&mut echo)).map_err(|e| e.to_string())?;
+    stream.write_all(b"first\n").unwrap();
+    stream.read_exact(&mut echo).unwrap();
     let elapsed = began.elapsed();
-    let rest = stream.read(&mut [0]).map_err(|e| e.to_string())?;
-    if echo != *line || rest != 0 {
-        return Err("the first echo differs".into());
-    }
+    assert_eq!((&echo, stream.read(&mut [0]).unwrap()), (b"first\n", 0), "the first echo, then the end");
     thread::sleep(Duration::from_millis(5)); // for the last line of its log
-    server.stop(1, 1)?;
-    Ok(vec![elapsed.as_secs_f64() * 1e3])
+    server.stop(1, 1);
+    vec![elapsed.as_secs_f64() * 1e3]
 }
 
 // ---- Rounds and medians ----
@@ -914,7 +816,7 @@ fn take(
         for (server, samples) in servers.iter().zip(&mut turns) {
             let Some(taken) = samples else { continue };
             eprint!("{} {round}/{rounds}, {}: ", measure.name, server.name);
-            match (measure.take)(server, options) {
+            match panic::catch_unwind(|| (measure.take)(server, options)) {
                 Ok(sample) => {
                     let words = measure.rows.iter().zip(&sample);
                     let words = words.map(|(row, &figure)| format!("{} {}", row.title(), number(figure)));
@@ -922,7 +824,7 @@ fn take(
                     taken.push(sample);
                 }
                 Err(sentence) => {
-                    eprintln!("{sentence}");
+                    eprintln!("{}", text_of(&*sentence));
                     (*samples, complete) = (None, false);
                 }
             }
@@ -936,6 +838,12 @@ fn take(
         figures.push(Figures { row, medians: medians.collect() });
     }
     complete
+}
+
+/// What a panic says.
+fn text_of(panic: &dyn Any) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("without words")
 }
 
 fn median(mut samples: Vec<f64>) -> f64 {

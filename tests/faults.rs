@@ -4,7 +4,6 @@
 //! |---|---|---|---|
 //! | `SMOLRX_SOAK` | 5 | 600 | seconds of the soak |
 //! | `SMOLRX_SIGTERMS` | 20 | 200 | servers stopped at random moments under load |
-//! | `SMOLRX_STALL` | 2 | 10 | seconds for which nobody reads standard output |
 //! | `SMOLRX_SLOW` | 3 | 60 | seconds for which 2,000 slow clients send a byte a second |
 //! | `SMOLRX_RESETS` | 50 | 1000 | resets at each stage |
 //!
@@ -16,8 +15,10 @@ use common::*;
 use rustix::process::Signal;
 use std::collections::HashSet;
 use std::env;
+use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -27,11 +28,6 @@ use std::time::{Duration, Instant, SystemTime};
 fn form(name: &str, short: u64, long: u64) -> u64 {
     let is_long = env::var("SMOLRX_LONG").is_ok_and(|value| value == "1");
     setting(name, if is_long { long } else { short })
-}
-
-/// These options, and a clock that keeps out of the way.
-fn calm<'a>(options: &[&'a str]) -> Vec<&'a str> {
-    [&CALM, options].concat()
 }
 
 /// A generator of random numbers, good enough to choose moments.
@@ -147,62 +143,81 @@ fn within_100_ms(trips: &[(Instant, Duration)], controls: &[(Instant, Duration)]
     );
 }
 
-// -------------------------------------------------------------- many clients
-
-/// At `--max-conns` the next clients wait and are served one after another; none is refused.
+/// An echo of 30 MB, taken in small pieces, holds up no other client, and costs no seconds of processor time.
 #[test]
-fn clients_beyond_the_limit_wait_and_are_served() {
-    let mut server = Server::start(&calm(&["--max-conns", "1"]));
-    let mut first = server.connect();
-    first.send("fir");
-    let mut waiting: Vec<Client> = (0..100).map(|_| server.connect()).collect();
-    for (i, client) in waiting.iter_mut().enumerate() {
-        client.send(format!("waiting {i}\n"));
-    }
-    assert!(waiting[0].hears_nothing_for(ms(300)));
-    first.send("st\n");
-    assert_eq!(first.rest(), b"first\n");
-    for (i, client) in waiting.iter_mut().enumerate() {
-        assert_eq!(client.rest(), format!("waiting {i}\n").as_bytes());
-    }
-    let exit = server.stop();
-    let mut expected = conversation("first", first.port()).to_vec();
-    expected.extend(
-        waiting.iter().enumerate().flat_map(|(i, c)| conversation(&format!("waiting {i}"), c.port())),
-    );
-    expected.push("Observing waiting 99".into());
-    assert_eq!(exit.stdout[1..], expected, "one at a time, in the order in which they came");
+fn long_echo_holds_nobody_up() {
+    // No text for stdout, which clients wait for.
+    let server = Process::spawn(program(&calm_on_loopback(&["--quiet", "--max-line", "40000000"])));
+    let (address, control) = (server.listening_address(), control_server());
+    let line = line_of(30_000_000);
+    let mut client = Client::with_small_window(address);
+    let before = server.activity().0;
+    client.send(&line);
+    client.wait_for_bytes(1);
+    let stop = AtomicBool::new(false);
+    let (trips, controls) = thread::scope(|scope| {
+        let trips = scope.spawn(|| round_trips(address, &stop));
+        let controls = scope.spawn(|| round_trips(control, &stop));
+        assert!(client.rest() == line.as_bytes(), "the echo differs");
+        stop.store(true, Ordering::Relaxed);
+        (trips.join().unwrap(), controls.join().unwrap())
+    });
+    let spent = server.activity().0 - before;
+    println!("{spent:?} of processor time");
+    assert!(spent < ms(2000), "{spent:?} of processor time");
+    within_100_ms(&trips, &controls);
 }
 
-/// Out of descriptors it waits without spinning, warns once a second at most, and goes on when there are some:
-/// every client is served in the end.
+// ------------------------------------------------------------ a kernel that lacks memory
+
+/// A client for which the kernel has no room among those that it watches is served all the same, once there is some,
+/// and a warning says why it waited.
 #[test]
-fn descriptors_exhausted_and_recovered() {
-    let mut server = Server::start_after("ulimit -n 64", &CALM);
-    let before = server.descriptors();
-    let mut clients: Vec<Client> = (0..100).map(|_| server.connect()).collect();
-    server.stderr.wait_for_count(1);
-    assert!(server.descriptors() > 50, "the limit is 64, and only {} are open", server.descriptors());
-
-    let (start, (cpu, _)) = (Instant::now(), server.activity());
-    let warnings = server.stderr.lines().len();
-    thread::sleep(ms(3000));
-    let (seconds, spent) = (start.elapsed().as_secs() as usize, server.activity().0 - cpu);
-    let warnings = server.stderr.lines().len() - warnings;
-    assert!(warnings <= seconds + 1, "{warnings} warnings in {seconds} s: {:?}", server.stderr);
-    assert!(spent < ms(150), "{spent:?} of processor time in {seconds} s");
-    assert!(server.is_running());
-
-    for (i, client) in clients.iter_mut().enumerate() {
-        client.send(format!("client {i}\n"));
+fn client_that_cannot_be_watched_is_served() {
+    if let Some(reason) = refusal(Command::new("strace").args(["-o", "/dev/null", "true"])) {
+        return skip(format!("no strace: {reason}"));
     }
-    for (i, client) in clients.iter_mut().enumerate() {
-        assert_eq!(client.rest(), format!("client {i}\n").as_bytes());
+    for (error, words) in [("ENOMEM", "out of memory (error 12)"), ("ENOSPC", "no storage space (error 28)")]
+    {
+        let warning = format!("smolrx: cannot wait for a client: {words}; trying again");
+        // Which call adds the client depends on what else is done at that moment; only that one can fail for want
+        // of memory.
+        let hit = (1..=8).cycle().take(40).any(|number| {
+            let scratch = Scratch::new();
+            let log = scratch.file("log");
+            let mut server = Server::start(&CALM);
+            let inject = format!("inject=epoll_ctl:error={error}:when={number}");
+            let tracer = trace(&server, &["-o", log.to_str().unwrap(), "-e", &inject]);
+            let mut client = server.connect();
+            client.send("fo");
+            let injected = || {
+                let calls = fs::read_to_string(&log).unwrap();
+                calls.lines().find(|call| call.ends_with("(INJECTED)")).map(String::from)
+            };
+            thread::sleep(ms(100)); // now the server waits for the rest
+            if !injected().is_some_and(|call| call.contains("EPOLL_CTL_ADD")) {
+                return false;
+            }
+            server.stderr.wait_for(&warning);
+            client.send("o\n");
+            assert_eq!(client.rest(), b"foo\n", "{error}");
+            drop(tracer);
+            assert_eq!(server.stop().stdout[1..4], conversation("foo", client.port()));
+            true
+        });
+        assert!(hit, "{error} met no client");
     }
-    eventually(PATIENCE, "no descriptor is left", || server.descriptors() == before);
-    let exit = server.stop();
-    assert_eq!(exit.stdout.iter().filter(|line| *line == CLOSE).count(), 100);
-    assert!(exit.stderr.iter().all(|line| line.starts_with("smolrx: ")), "{:?}", exit.stderr);
+}
+
+/// A tracer of the thread of a running server that serves its clients.
+fn trace(server: &Server, options: &[&str]) -> Process {
+    let mut command = Command::new("strace");
+    command.args(["-qq", "-p", &server.id().to_string()]).args(options);
+    let tracer = Process::spawn(command);
+    eventually(PATIENCE, "the server is traced", || {
+        !fs::read_to_string(format!("/proc/{}/status", server.id())).unwrap().contains("TracerPid:\t0\n")
+    });
+    tracer
 }
 
 // -------------------------------------------------------------------- resets
@@ -278,124 +293,6 @@ fn client_that_leaves_before_the_echo() {
     assert!(observed(&server.stop().stdout)[0].starts_with("hasty "));
 }
 
-// ------------------------------------------------------- nobody takes the bytes
-
-/// Echo that nobody reads holds up its own connection only: memory is bounded, the timeout frees it.
-#[test]
-fn client_that_never_reads_is_freed() {
-    let mut server = Server::start(&calm(&["--keep-open", "--timeout", "1500"]));
-    let before = server.descriptors();
-    server.echo("warm-up\n");
-    let memory = server.memory_kb();
-    let mut floods: Vec<Flood> =
-        (0..4).map(|_| Flood::new(Client::with_small_window(server.loopback()), false)).collect();
-    Flood::pump_until_stalled(&mut floods, ms(300));
-    server.echo("neighbour\n");
-    let grown = server.memory_kb().saturating_sub(memory);
-    assert!(grown <= 1024, "{grown} kB more for four connections");
-    eventually(PATIENCE, "they are freed", || server.descriptors() == before);
-    server.echo("last\n");
-    assert_eq!(observed(&server.stop().stdout), ["last"]);
-}
-
-/// A server whose standard output nobody reads, and clients that send until it takes no more.
-fn stalled() -> (Server, Vec<Flood>) {
-    let server = Server::start(&calm(&["--keep-open"]));
-    server.echo("warm-up\n");
-    let memory = server.memory_kb();
-    server.stdout.pause();
-    let mut floods: Vec<Flood> = (0..8).map(|_| Flood::new(server.connect(), true)).collect();
-    let start = Instant::now();
-    Flood::pump_until_stalled(&mut floods, ms(1000));
-    let stall = Duration::from_secs(form("SMOLRX_STALL", 2, 10));
-    thread::sleep(stall.saturating_sub(start.elapsed()));
-    let grown = server.memory_kb().saturating_sub(memory);
-    assert!(grown <= 2048, "{grown} kB more for eight connections");
-    (server, floods)
-}
-
-/// While nobody reads standard output everything waits; when somebody does again, nothing is lost.
-#[test]
-fn stalled_stdout_loses_nothing() {
-    let (mut server, mut floods) = stalled();
-    server.stdout.resume();
-    Flood::complete(&mut floods);
-    let exit = server.stop();
-    for flood in &floods {
-        assert_eq!(flood.echoed, flood.lines);
-        assert_eq!(received(&exit.stdout, flood), flood.lines);
-    }
-}
-
-/// SIGTERM is answered during the stall: nobody new is let in, and it ends when the reader has taken all that is owed.
-#[test]
-fn stalled_stdout_and_sigterm() {
-    let (mut server, mut floods) = stalled();
-    server.signal(Signal::TERM);
-    server.refuses();
-    thread::sleep(Duration::from_secs(form("SMOLRX_STALL", 2, 10)));
-    assert!(server.is_running(), "ended although the reader had not taken what is owed");
-    server.stdout.resume();
-    Flood::complete(&mut floods);
-    let exit = server.exited(PATIENCE);
-    assert_eq!(exit.code, Some(0), "{:?}", exit.stderr);
-    let mut lines = HashSet::new();
-    for flood in &floods {
-        assert!(received(&exit.stdout, flood) >= flood.echoed, "an echoed line is not in the transcript");
-        lines.extend((0..flood.lines).map(|i| flood.line(i)));
-    }
-    assert!(exit.stdout.iter().all(|line| is_whole(line, &lines)));
-    assert_eq!(observed(&exit.stdout[exit.stdout.len() - 1..]).len(), 1, "the pending value is not flushed");
-}
-
-/// A second signal during the stall ends it at once.
-#[test]
-fn stalled_stdout_and_two_signals() {
-    for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130)] {
-        let (mut server, _floods) = stalled();
-        server.signal(Signal::TERM);
-        server.refuses();
-        let signalled = Instant::now();
-        server.signal(signal);
-        eventually(ms(1500), "the second signal ends it", || !server.is_running());
-        println!("ended after {:?}", signalled.elapsed());
-        assert_eq!(server.exit_code(), Some(code));
-    }
-}
-
-/// Standard output is closed under load: it ends by itself, in silence.
-#[test]
-fn stdout_closed_under_load() {
-    let (mut reader, writer) = io::pipe().unwrap();
-    let mut command = program(&calm(&["--tcp-port", "0", "--bind", "127.0.0.1", "--keep-open"]));
-    command.stdout(writer);
-    let mut process = Process::spawn_with_stdout(command);
-    let address = SocketAddr::new([127, 0, 0, 1].into(), process.listening_port());
-    let mut floods: Vec<Flood> = (0..8).map(|_| Flood::new(Client::connect(address), true)).collect();
-    let pump = |floods: &mut Vec<Flood>| floods.iter_mut().for_each(|flood| _ = flood.pump(true));
-    reader.read_exact(&mut [0; 10]).unwrap();
-    pump(&mut floods);
-    drop(reader);
-    eventually(PATIENCE, "it ends", || {
-        pump(&mut floods);
-        !process.is_running()
-    });
-    let exit = process.exited(PATIENCE);
-    assert_eq!((exit.code, exit.signal), (Some(0), None), "{exit:?}");
-    assert_eq!(exit.stderr, [""; 0]);
-}
-
-/// Standard output on a full disk: it ends with a sentence, and does not panic.
-#[test]
-fn stdout_on_a_full_disk() {
-    let mut command = program(&["--tcp-port", "0", "--interval", "100"]);
-    command.stdout(std::fs::File::options().write(true).open("/dev/full").unwrap());
-    let exit = Process::spawn_with_stdout(command).exited(PATIENCE);
-    assert_eq!((exit.code, exit.signal), (Some(1), None), "{exit:?}");
-    assert_eq!(exit.stderr.len(), 1, "{exit:?}");
-    assert!(exit.stderr[0].starts_with("smolrx: cannot write to stdout: "), "{exit:?}");
-}
-
 // ------------------------------------------------------------------- signals
 
 /// SIGTERM at a random moment under load: every line whose echo a client got is in the transcript,
@@ -422,7 +319,7 @@ fn sigterm_at_random_moments() {
             let signalled = Instant::now();
             server.signal(Signal::TERM);
             let exit = server.exited(PATIENCE);
-            assert!(signalled.elapsed() < ms(6000), "{what}: after {:?}", signalled.elapsed());
+            assert!(signalled.elapsed() < stop_limit(), "{what}: after {:?}", signalled.elapsed());
             exit
         });
         assert_eq!(exit.code, Some(0), "{what}: {exit:?}");
@@ -482,9 +379,9 @@ fn talk_until_refused(
 fn is_whole(line: &str, sent: &HashSet<String>) -> bool {
     let received = |rest: &str| {
         let (text, port) = rest.rsplit_once(" from 127.0.0.1:").unwrap_or_default();
-        (sent.contains(text) || text == "warm-up") && port.parse::<u16>().is_ok()
+        sent.contains(text) && port.parse::<u16>().is_ok()
     };
-    let known = |text: &str| sent.contains(text) || text == "warm-up";
+    let known = |text: &str| sent.contains(text);
     match line.split_once(' ') {
         Some(("Serving", rest)) => rest.starts_with("on "),
         Some(("Received", rest)) => received(rest),
@@ -518,94 +415,6 @@ fn ticks_missed_while_stopped_do_not_burst() {
     let numbers: Vec<u64> = observed(&exit.stdout).iter().filter_map(|text| text.parse().ok()).collect();
     // The line that was sent meanwhile may have taken the place of the tick that came with it, but of one only.
     assert!(numbers.starts_with(&[0, 1, 2, 3, 4]) || numbers.starts_with(&[0, 2, 3, 4]), "{:?}", exit.stdout);
-}
-
-/// A second server on the same port says so and ends; the first one goes on.
-#[test]
-fn two_servers_on_one_port() {
-    let mut server = Server::start(&calm(&["--bind", "127.0.0.1"]));
-    let address = server.address;
-    let exit = run(&["--bind", "127.0.0.1", "--tcp-port", &address.port().to_string()]);
-    assert_eq!(exit.code, Some(1), "{exit:?}");
-    assert_eq!((exit.stdout.len(), exit.stderr.len()), (0, 1), "{exit:?}");
-    assert!(exit.stderr[0].starts_with(&format!("smolrx: cannot listen on {address}: ")), "{exit:?}");
-    let port = server.echo("foo\n");
-    assert_eq!(server.stop().stdout[1..4], conversation("foo", port));
-}
-
-/// Two servers at one port of two addresses do not get into each other's way, nor does their health.
-#[test]
-fn one_port_of_two_addresses() {
-    let mut one = Server::start(&calm(&["--bind", "127.0.0.1"]));
-    let port = one.address.port();
-    let bind_two = ["--bind", "127.0.0.2", "--tcp-port", &port.to_string()];
-    let mut two = Server::of(Process::spawn(program(&calm(&bind_two))));
-    one.echo("foo\n");
-    two.echo("bar\n");
-    assert_eq!(health(&["--bind", "127.0.0.1"], port).code, Some(0));
-    assert_eq!(health(&["--bind", "127.0.0.2"], port).code, Some(0));
-    assert_eq!(observed(&two.stop().stdout), ["bar"]);
-    assert_eq!(health(&["--bind", "127.0.0.1"], port).code, Some(0));
-    assert_eq!(observed(&one.stop().stdout), ["foo"]);
-}
-
-// -------------------------------------------------------------- hostile text
-
-/// Hostile text is echoed as it came, and is one harmless line of the transcript for each event.
-#[test]
-fn hostile_text() {
-    let nul = [vec![0; 65535], b"\n".to_vec()].concat();
-    let bidi = "a\u{202e}\u{202d}\u{2066}\u{2067}\u{2068}\u{2069}\u{61c}z \u{2028}\u{2029}\u{85}.\n";
-    let lines: &[&[u8]] = &[
-        b"\x1b[2J\x1b[H\x1b]0;title\x07\x1bP+q\x1b\\\n",
-        b"\x9b31m \x90 \x9d raw C1\n",
-        "\u{9b}31m encoded C1\n".as_bytes(),
-        bidi.as_bytes(),
-        &nul,
-        b"\r\n",
-        b"\r\r\n",
-        b"\n",
-        b"a\rb\r\r\n",
-        b"fake\rReceived trust me from 127.0.0.1:1\r\n",
-        b"\x0b\x0c\x1c\x1d\x1e\x1f\x7f\n",
-        b"\xf0\x9f\xa6\n",
-        b"\xc3\x28 \xa0\xa1 \xe2\x28\xa1 \xfc\xa1\xa1\xa1\xa1\xa1\n",
-        "\u{feff}\u{fffd}\u{ffff}\u{10ffff} non-characters\n".as_bytes(),
-        b"no ending\r",
-    ];
-    let mut server = Server::start(&calm(&["--keep-open"]));
-    let mut client = server.connect();
-    let writer = client.0.try_clone().unwrap();
-    let bytes = lines.concat();
-    thread::spawn({
-        let bytes = bytes.clone();
-        move || (&writer).write_all(&bytes).and_then(|()| writer.shutdown(Shutdown::Write))
-    });
-    assert_eq!(client.rest(), bytes);
-    let exit = server.stop();
-    let mut expected: Vec<String> =
-        lines.iter().flat_map(|line| conversation(&shown(line), client.port())[..2].to_vec()).collect();
-    expected.extend([CLOSE.into(), "Observing no ending".into()]);
-    assert_eq!(exit.stdout[1..], expected);
-    assert!(!exit.stdout.iter().any(|line| line.contains(is_hostile)));
-}
-
-/// A character may be cut anywhere between two packets, and an invalid one as well.
-#[test]
-fn characters_across_chunk_borders() {
-    let bytes = "é✓🦀\u{202e}\r\n".as_bytes();
-    for line in [bytes, &[&bytes[..8], &b"\xff\xe2\x9c"[..], &bytes[9..]].concat()] {
-        for border in 1..line.len() {
-            let server = Server::start(&CALM);
-            let mut client = server.connect();
-            client.send(&line[..border]);
-            thread::sleep(ms(5)); // for the server to see the first part alone
-            client.send(&line[border..]);
-            assert_eq!(client.rest(), line);
-            server.stdout.wait_for(CLOSE);
-            assert_eq!(server.stdout.lines()[1..4], conversation(&shown(line), client.port()));
-        }
-    }
 }
 
 // ---------------------------------------------------------------------- soak

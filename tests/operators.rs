@@ -1,6 +1,5 @@
-//! The operators in virtual time, where no test sleeps: marble tables after RxPY's own tests
-//! (`tests/test_observable/test_debounce.py` and `test_merge.py`), then any input against a plain
-//! model of Rx's definitions.
+//! The operators in virtual time, where no test sleeps: marble tables, those of `debounce` after RxPY's own
+//! (`tests/test_observable/test_debounce.py`), then any input against plain models.
 
 #[allow(dead_code)]
 #[path = "../main.rs"]
@@ -8,6 +7,7 @@ mod smolrx;
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
+use std::mem;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 use futures_lite::stream::{self, Stream, StreamExt};
 use proptest::prelude::*;
-use smolrx::{RxExt, Scheduler, Subject, timer};
+use smolrx::Event::{self, Tick};
+use smolrx::rx::{RxExt, Scheduler, Subject, timer};
 
 // ---------------------------------------------------------------- virtual time
 
@@ -148,21 +149,27 @@ fn observe<S: Stream>(time: &VirtualTime, end: Time, stream: S) -> Marbles<S::It
 
 const MS: Duration = Duration::from_millis(1);
 
-/// The debounced marbles of a hot source that has the given ones.
+/// The debounced marbles of a hot source that has the given ones, reduced as Rx does.
 fn debounced(items: &[(Time, u32)], end: Option<Time>, window: u32) -> Marbles<u32> {
-    debounced_with(items, end, window, None)
+    debounced_with(items, end, window, None, |_, later| later)
 }
 
-/// The same, with a longest wait.
-fn debounced_with(
-    items: &[(Time, u32)],
+/// The same, with a longest wait and another way to reduce a burst.
+fn debounced_with<T: Clone + 'static>(
+    items: &[(Time, T)],
     end: Option<Time>,
     window: u32,
     max_wait: Option<u32>,
-) -> Marbles<u32> {
+    reduce: fn(T, T) -> T,
+) -> Marbles<T> {
     let time = VirtualTime::new();
-    let source = time.hot(items, end);
-    observe(&time, 10_000, source.debounce(time.clone(), window * MS, max_wait.map(|wait| wait * MS)))
+    let max_wait = max_wait.map(|wait| wait * MS);
+    observe(&time, 10_000, time.hot(items, end).debounce(time.clone(), window * MS, max_wait, reduce))
+}
+
+/// Events whose marbles are short to write.
+fn line(text: &str) -> Event {
+    Event::Line(text.into())
 }
 
 // ---------------------------------------------------------------- debounce
@@ -206,7 +213,7 @@ fn debounce_lets_the_source_go_first_at_a_tie() {
 fn debounce_does_not_hide_an_item_behind_a_late_one() {
     let time = VirtualTime::new();
     let source = time.hot(&[(100, 1), (900, 2)], Some(2_000));
-    let mut debounced = std::pin::pin!(source.debounce(time.clone(), 50 * MS, None));
+    let mut debounced = std::pin::pin!(source.debounce(time.clone(), 50 * MS, None, |_, later| later));
     let mut cx = Context::from_waker(Waker::noop());
     time.advance_to(100);
     assert!(debounced.as_mut().poll_next(&mut cx).is_pending());
@@ -217,25 +224,73 @@ fn debounce_does_not_hide_an_item_behind_a_late_one() {
     assert_eq!(debounced.as_mut().poll_next(&mut cx), Poll::Ready(Some(2)));
 }
 
-/// With a longest wait a burst that never pauses gives out its latest item at least so often.
+/// With a longest wait, a burst that never pauses gives out its latest item at least so often.
 #[test]
 fn debounce_gives_out_the_latest_item_after_the_longest_wait() {
     let each_50 = [(200, 2), (250, 3), (300, 4), (350, 5), (400, 6), (450, 7), (500, 8)];
+    let waited = |window, max_wait| debounced_with(&each_50, None, window, max_wait, |_, later| later).0;
     // starved without it
-    assert_eq!(debounced_with(&each_50, None, 60, None).0, [(560, 8)]);
+    assert_eq!(waited(60, None), [(560, 8)]);
     // 120 after the first that is pending; what comes next begins a burst of its own
-    assert_eq!(debounced_with(&each_50, None, 60, Some(120)).0, [(320, 4), (470, 7), (560, 8)]);
+    assert_eq!(waited(60, Some(120)), [(320, 4), (470, 7), (560, 8)]);
     // shorter than the window: it rules
-    assert_eq!(
-        debounced_with(&each_50, None, 60, Some(40)).0,
-        [(240, 2), (290, 3), (340, 4), (390, 5), (440, 6), (490, 7), (540, 8)]
-    );
+    let each = [(240, 2), (290, 3), (340, 4), (390, 5), (440, 6), (490, 7), (540, 8)];
+    assert_eq!(waited(60, Some(40)), each);
     // an item in the very instant of the longest wait takes part, as at the end of a window
-    assert_eq!(debounced_with(&each_50, None, 60, Some(100)).0, [(300, 4), (450, 7), (560, 8)]);
+    assert_eq!(waited(60, Some(100)), [(300, 4), (450, 7), (560, 8)]);
     // silence comes first: as without it
-    assert_eq!(debounced_with(&each_50, Some(600), 40, Some(1_000)), debounced(&each_50, Some(600), 40));
+    assert_eq!(waited(40, Some(1_000)), each);
     // the end comes first
-    assert_eq!(debounced_with(&each_50, Some(510), 60, Some(1_000)), (vec![(510, 8)], Some(510)));
+    let ended = debounced_with(&each_50, Some(510), 60, Some(1_000), |_, later| later);
+    assert_eq!(ended, (vec![(510, 8)], Some(510)));
+}
+
+/// With a longest wait, even a source that always has an item lets a burst out.
+#[test]
+fn debounce_with_a_longest_wait_outlasts_a_source_that_is_always_ready() {
+    let time = VirtualTime::new();
+    let clock = time.clone();
+    let source = stream::repeat_with(move || {
+        let now = clock.0.now.get() + 1;
+        assert!(now < 1_000, "the source was asked for item {now}, and no burst came out");
+        clock.advance_to(now);
+        now
+    });
+    let mut debounced = std::pin::pin!(source.debounce(time, 10 * MS, Some(50 * MS), |_, later| later));
+    let mut cx = Context::from_waker(Waker::noop());
+    for latest in [51, 102] {
+        assert_eq!(debounced.as_mut().poll_next(&mut cx), Poll::Ready(Some(latest)));
+    }
+}
+
+/// A burst is what `reduce` makes of it, from the earliest item to the latest, and of one burst only.
+#[test]
+fn debounce_reduces_each_burst_by_itself() {
+    let items = [(100, 1), (110, 2), (115, 3), (200, 4), (205, 5), (300, 6)];
+    let digits = |earlier, later| 10 * earlier + later;
+    let bursts = vec![(135, 123), (225, 45), (310, 6)];
+    assert_eq!(debounced_with(&items, Some(310), 20, None, digits), (bursts, Some(310)));
+    // a longest wait cuts it, and the rest is a burst of its own
+    let cut = vec![(110, 12), (125, 3), (210, 45), (310, 6)];
+    assert_eq!(debounced_with(&items, Some(400), 20, Some(10), digits).0, cut);
+}
+
+/// Of a burst of lines and ticks the last line is the event, and a tick only if there is no line; but a tick
+/// prolongs the burst as a line does.
+#[test]
+fn a_tick_never_replaces_a_line() {
+    let events = |items: &[(Time, Event)]| debounced_with(items, None, 20, None, Event::reduce).0;
+    assert_eq!(events(&[(100, line("poke")), (110, Tick(1))]), [(130, line("poke"))]);
+    assert_eq!(events(&[(100, Tick(1)), (110, line("poke"))]), [(130, line("poke"))]);
+    assert_eq!(events(&[(100, line("a")), (110, line("b")), (115, Tick(1))]), [(135, line("b"))]);
+    assert_eq!(events(&[(100, line("a")), (110, Tick(1)), (115, line("b"))]), [(135, line("b"))]);
+    assert_eq!(events(&[(100, Tick(1)), (110, Tick(2))]), [(130, Tick(2))]);
+    // an empty line is a line
+    assert_eq!(events(&[(100, line("")), (110, Tick(1))]), [(130, line(""))]);
+    // the next burst knows nothing of it
+    let apart = [(100, line("poke")), (130, Tick(1))];
+    assert_eq!(events(&apart), [(120, line("poke")), (150, Tick(1))]);
+    assert_eq!([line("poke"), Tick(1)].map(Event::text), ["poke", "1"]);
 }
 
 /// A flood sets one timer a window, not one an item.
@@ -245,7 +300,8 @@ fn debounce_does_not_set_a_timer_for_each_item() {
     let flood: Vec<_> = (0..1_000).map(|at| (at, at)).collect();
     let timers = Rc::new(Cell::new(0));
     let counted = Counting(time.clone(), timers.clone());
-    let (items, _) = observe(&time, 10_000, time.hot(&flood, None).debounce(counted, 100 * MS, None));
+    let (items, _) =
+        observe(&time, 10_000, time.hot(&flood, None).debounce(counted, 100 * MS, None, |_, later| later));
     assert_eq!(items, [(1_099, 999)]);
     assert!(timers.get() <= 12, "{} timers", timers.get());
 }
@@ -267,51 +323,85 @@ impl Scheduler for Counting {
     }
 }
 
-// ---------------------------------------------------------------- merge
+// ---------------------------------------------------------------- then_latest
 
-/// The merged marbles of two hot sources.
-fn merged(a: &[(Time, char)], a_end: Option<Time>, b: &[(Time, char)], b_end: Option<Time>) -> Marbles<char> {
+/// The marbles of `then_latest`, whose futures take as long as `run` says: an item comes out when its run has
+/// ended, with the instant in which that began.
+fn runs<T: Clone + 'static>(
+    items: &[(Time, T)],
+    end: Option<Time>,
+    reduce: fn(T, T) -> T,
+    run: fn(&T) -> Time,
+) -> Marbles<(Time, T)> {
     let time = VirtualTime::new();
-    let both = time.hot(a, a_end).merge(time.hot(b, b_end));
-    observe(&time, 10_000, both)
+    let runs = time.hot(items, end).then_latest(reduce, |item| {
+        let (start, due) = (time.0.now.get(), time.until(time.0.now.get() + run(&item)));
+        async move {
+            due.await;
+            (start, item)
+        }
+    });
+    observe(&time, 10_000, runs)
 }
 
-/// RxPY's test_merge: never, empty and return in all pairs, then two that overlap.
+/// One future runs at a time; what comes meanwhile is reduced to one item, whose turn is next.
 #[test]
-fn merge_does_what_rxpy_tests() {
-    let some = [(210, 'x')];
-    assert_eq!(merged(&[], None, &[], None), (vec![], None)); // never, never
-    assert_eq!(merged(&[], None, &[], Some(245)), (vec![], None)); // never, empty
-    assert_eq!(merged(&[], Some(245), &[], None), (vec![], None)); // empty, never
-    assert_eq!(merged(&some, Some(245), &[], None), (some.to_vec(), None)); // return, never
-    assert_eq!(merged(&[], None, &some, Some(245)), (some.to_vec(), None)); // never, return
-    assert_eq!(merged(&[], Some(245), &[], Some(230)), (vec![], Some(245))); // empty, empty
-    assert_eq!(merged(&some, Some(245), &[], Some(220)), (some.to_vec(), Some(245))); // return, empty
-    assert_eq!(merged(&[], Some(245), &some, Some(220)), (some.to_vec(), Some(245))); // empty, return
-
-    let a = [(210, 'a'), (230, 'b'), (235, 'c')];
-    let b = [(215, 'v'), (225, 'w'), (240, 'x')];
-    let both = [(210, 'a'), (215, 'v'), (225, 'w'), (230, 'b'), (235, 'c'), (240, 'x')];
-    assert_eq!(merged(&a, Some(245), &b, Some(250)), (both.to_vec(), Some(250)));
-    assert_eq!(merged(&a, Some(250), &b, Some(245)), (both.to_vec(), Some(250)));
+fn then_latest_runs_one_at_a_time_and_then_the_latest() {
+    let items = [(100, 'a'), (110, 'b'), (120, 'c'), (300, 'd')];
+    let each_50 = |end| runs(&items, end, |_, later| later, |_| 50);
+    let ran = vec![(150, (100, 'a')), (200, (150, 'c')), (350, (300, 'd'))];
+    assert_eq!(each_50(None), (ran.clone(), None));
+    assert_eq!(each_50(Some(400)), (ran.clone(), Some(400)));
+    // the end of the source waits for the run
+    assert_eq!(each_50(Some(310)), (ran, Some(350)));
+    // and for the run of what is pending
+    let pending = runs(&items[..3], Some(125), |_, later| later, |_| 50);
+    assert_eq!(pending, (vec![(150, (100, 'a')), (200, (150, 'c'))], Some(200)));
+    // what comes is reduced, not just replaced
+    let items = [(100, 1), (110, 2), (120, 3), (130, 4)];
+    let reduced = runs(&items, Some(130), |earlier, later| 10 * earlier + later, |_| 50);
+    assert_eq!(reduced, (vec![(150, (100, 1)), (200, (150, 234))], Some(200)));
+    // in the very instant in which a run ends, the source goes first
+    let tie = runs(&[(100, 'a'), (110, 'b'), (150, 'c')], Some(160), |_, later| later, |_| 50);
+    assert_eq!(tie, (vec![(150, (100, 'a')), (200, (150, 'c'))], Some(200)));
+    // futures that are ready at once: futures-lite's `then`
+    let at_once = runs(&[(100, 'a'), (110, 'b')], Some(120), |_, later| later, |_| 0);
+    assert_eq!(at_once, (vec![(100, (100, 'a')), (110, (110, 'b'))], Some(120)));
+    // empty, never
+    assert_eq!(runs::<char>(&[], Some(200), |_, later| later, |_| 50), (vec![], Some(200)));
+    assert_eq!(runs::<char>(&[], None, |_, later| later, |_| 50), (vec![], None));
 }
 
-/// Two sources that always have an item take turns: neither starves.
+/// While a future runs, the source is not held up: its items are taken when they come.
 #[test]
-fn merge_takes_turns() {
-    let both = stream::repeat('a').merge(stream::repeat('b'));
-    let taken: String = stream::block_on(both.take(10)).collect();
-    assert_eq!(taken, "ababababab");
+fn then_latest_takes_items_while_a_future_runs() {
+    let time = VirtualTime::new();
+    let taken = RefCell::new(Vec::new());
+    let source = time.hot(&[(100, 'a'), (110, 'b'), (120, 'c')], None);
+    let source = source.inspect(|&item| taken.borrow_mut().push((time.0.now.get(), item)));
+    let runs = source.then_latest(|_, later| later, |_| time.until(1_000));
+    observe(&time, 500, runs);
+    assert_eq!(*taken.borrow(), [(100, 'a'), (110, 'b'), (120, 'c')]);
+}
+
+/// While a command runs, ticks replace no line that waits.
+#[test]
+fn a_tick_replaces_no_line_that_waits_for_a_run() {
+    let items = [(100, Tick(0)), (110, line("a")), (120, line("b")), (200, Tick(1))];
+    let ran = runs(&items, Some(210), Event::reduce, |_| 150);
+    assert_eq!(ran, (vec![(250, (100, Tick(0))), (400, (250, line("b")))], Some(400)));
 }
 
 // ---------------------------------------------------------------- timer
 
-/// `timer(0, interval)`: 0 at once, then one more each interval.
+/// `timer(delay, period)` counts from 0: first after the delay, which may be none, and then each period.
 #[test]
-fn timer_ticks_at_once_and_then_each_period() {
+fn timer_ticks_after_the_delay_and_then_each_period() {
     let time = VirtualTime::new();
     let ticks = observe(&time, 350, timer(time.clone(), Duration::ZERO, 100 * MS));
     assert_eq!(ticks, (vec![(0, 0), (100, 1), (200, 2), (300, 3)], None));
+    let late = observe(&time, 600, timer(time.clone(), 50 * MS, 100 * MS));
+    assert_eq!(late, (vec![(350, 0), (450, 1), (550, 2)], None));
 }
 
 /// RxPY's rule for a timer that is late: the count goes on one by one, the period starts anew.
@@ -331,50 +421,100 @@ fn timer_does_not_make_up_for_missed_ticks() {
 
 // ---------------------------------------------------------------- subject
 
-/// The subject hands items on in order, ends when complete, and its callers wait while it holds 64 KiB.
+/// The subject holds the latest item alone, wakes its observer for it, and ends when it is complete; an item
+/// that is pending then still comes.
 #[test]
-fn subject_is_bounded_and_ends() {
+fn subject_gives_the_latest_item_and_ends_when_complete() {
     let subject = Subject::default();
-    let mut cx = Context::from_waker(Waker::noop());
-    let item = |number: usize| vec![b'x'; 1000 + number % 2];
-    let mut bytes = 0;
-    let mut room = 0;
-    while subject.poll_ready(&mut cx).is_ready() {
-        assert!(bytes < 64 * 1024, "room for an item beyond {bytes} bytes");
-        subject.on_next(item(room));
-        bytes += item(room).len() + size_of::<Vec<u8>>();
-        room += 1;
-    }
-    assert!(bytes >= 64 * 1024, "no room at {bytes} bytes");
+    let mut items = std::pin::pin!(subject.observe());
+    let woken = Arc::new(Flag::default());
+    let waker = Waker::from(woken.clone());
+    let mut next = || items.as_mut().poll_next(&mut Context::from_waker(&waker));
+    let is_woken = || woken.0.swap(false, Ordering::Relaxed);
+
+    assert_eq!(next(), Poll::Pending);
+    assert!(!is_woken());
+    subject.on_next(1);
+    assert!(is_woken());
+    assert_eq!(next(), Poll::Ready(Some(1)));
+    assert_eq!(next(), Poll::Pending);
+    subject.on_next(2);
+    subject.on_next(3);
+    assert_eq!(next(), Poll::Ready(Some(3)));
+    assert_eq!(next(), Poll::Pending);
+    is_woken();
     subject.on_completed();
-    let items: Vec<_> = stream::block_on(Box::pin(subject.observe())).collect();
-    assert_eq!(items, Vec::from_iter((0..room).map(item)));
-    assert!(subject.poll_ready(&mut cx).is_ready());
+    assert!(is_woken());
+    assert_eq!(next(), Poll::Ready(None));
+
+    let subject = Subject::default();
+    subject.on_next('a');
+    subject.on_completed();
+    let items: String = stream::block_on(Box::pin(subject.observe())).collect();
+    assert_eq!(items, "a");
 }
 
-/// An item of any size finds room in an empty subject.
-#[test]
-fn subject_takes_one_large_item() {
-    let subject = Subject::default();
-    let mut cx = Context::from_waker(Waker::noop());
-    assert!(subject.poll_ready(&mut cx).is_ready());
-    subject.on_next(vec![0; 1 << 20]);
-    assert!(subject.poll_ready(&mut cx).is_pending());
-    subject.on_completed();
-    assert_eq!(stream::block_on(Box::pin(subject.observe())).count(), 1);
-}
+// ---------------------------------------------------------------- the pipeline
 
-/// The pipeline as it is in the program: both sources end, the pending item comes, then the end.
-#[test]
-fn the_pipeline_ends_when_subject_and_clock_have() {
+/// The pipeline as it is in the program, with a window of 10 and commands that take so long; without a period
+/// the clock never ticks. An event comes out when its command has ended, with the instant of its start.
+fn pipeline(
+    lines: &[(Time, &'static str)],
+    end: Option<Time>,
+    period: Option<u32>,
+    run: Time,
+) -> Marbles<(Time, String)> {
     let time = VirtualTime::new();
-    let lines = time.hot(&[(20, "foo".to_string()), (205, "bar".to_string())], Some(210));
-    let clock = timer(time.clone(), Duration::ZERO, 100 * MS).map(|tick| tick.to_string());
-    let clock = stream::stop_after_future(clock, time.until(210));
-    let events = lines.merge(clock).debounce(time.clone(), 10 * MS, None);
-    let expected = [(10, "0"), (30, "foo"), (110, "1"), (210, "bar")];
-    let expected: Vec<_> = expected.map(|(at, event)| (at, event.to_string())).to_vec();
-    assert_eq!(observe(&time, 1_000, events), (expected, Some(210)));
+    let (delay, period) = period.map_or((100_000, 100_000), |period| (0, period));
+    let clock = timer(time.clone(), delay * MS, period * MS).map(Tick);
+    let events = clock.or(time.hot(lines, end).map(line));
+    let events = events.debounce(time.clone(), 10 * MS, None, Event::reduce);
+    let runs = events.then_latest(Event::reduce, |event| {
+        let (start, due) = (time.0.now.get(), time.until(time.0.now.get() + run));
+        async move {
+            due.await;
+            (start, event.text())
+        }
+    });
+    observe(&time, 1_000, runs)
+}
+
+/// Each event that starts at once, at the instant in which it does.
+fn at_once<const N: usize>(events: [(Time, &str); N]) -> Vec<(Time, (Time, String))> {
+    events.map(|(at, event)| (at, (at, event.into()))).to_vec()
+}
+
+/// The pipeline ends with the lines, though its clock never does: first comes what is pending.
+#[test]
+fn the_pipeline_ends_when_the_lines_do() {
+    let lines = [(20, "foo"), (205, "bar")];
+    let events = at_once([(10, "0"), (30, "foo"), (110, "1"), (210, "bar")]);
+    assert_eq!(pipeline(&lines, Some(210), Some(100), 0), (events, Some(210)));
+    // the command under way is waited for, and then runs for what is pending
+    let slow = pipeline(&lines[..1], Some(35), Some(100), 50);
+    let ran = [(60, (10, "0".into())), (110, (60, "foo".into()))];
+    assert_eq!(slow, (ran.to_vec(), Some(110)));
+}
+
+/// One line alone is observed whenever it comes, before a tick, with it or after it.
+#[test]
+fn a_lone_poke_beside_a_tick_is_observed() {
+    for (poke, observed) in [(91, 110), (95, 110), (99, 110), (100, 110), (101, 111), (105, 115), (110, 120)]
+    {
+        let events = at_once([(10, "0"), (observed, "poke"), (210, "2")]);
+        assert_eq!(pipeline(&[(poke, "poke")], Some(220), Some(100), 0), (events, Some(220)), "at {poke}");
+    }
+    // out of the tick's window: both
+    let events = at_once([(10, "0"), (99, "poke"), (110, "1")]);
+    assert_eq!(pipeline(&[(89, "poke")], Some(115), Some(100), 0), (events, Some(115)));
+}
+
+/// Without an interval there is no clock: lines are the only events.
+#[test]
+fn without_a_clock_lines_are_the_only_events() {
+    let lines = [(20, "foo"), (205, "bar")];
+    assert_eq!(pipeline(&lines, Some(500), None, 0), (at_once([(30, "foo"), (215, "bar")]), Some(500)));
+    assert_eq!(pipeline(&[], Some(500), None, 0), (vec![], Some(500)));
 }
 
 // ---------------------------------------------------------------- properties
@@ -406,46 +546,61 @@ proptest! {
         prop_assert_eq!(debounced(&items, end, window), (expected, end));
     }
 
-    /// The reference model of `max_wait`: millisecond by millisecond, what comes replaces what is
-    /// pending; it goes out when `window` has passed since it came, or `max_wait` since the first
-    /// that was pending after the last one that went out.
+    /// The reference model of `max_wait` and of events, millisecond by millisecond: a burst goes out when `window`
+    /// has passed since its last item or `max_wait` since its first, as its last line, or else its last tick.
     #[test]
-    fn debounce_with_a_longest_wait_equals_its_model(
+    fn debounce_of_events_equals_its_model(
         (items, end) in marbles(), window in 1..60u32, max_wait in prop::option::of(1..120u32)
     ) {
+        let items: Vec<_> = items.into_iter().map(|(at, item)| (at, event(item))).collect();
         let (window_ms, wait_ms) = (Time::from(window), max_wait.map(Time::from));
         let last = items.last().map_or(0, |&(at, _)| at) + 200;
         let mut expected = Vec::new();
-        let (mut pending, mut first, mut latest) = (None, 0, 0);
+        let mut burst: Vec<&(Time, Event)> = Vec::new();
         for now in 0..=end.unwrap_or(last) {
-            for &(_, item) in items.iter().filter(|&&(at, _)| at == now) {
-                first = if pending.is_none() { now } else { first };
-                (pending, latest) = (Some(item), now);
-            }
-            let is_due = now >= latest + window_ms || wait_ms.is_some_and(|wait| now >= first + wait);
-            if pending.is_some() && (is_due || end == Some(now)) {
-                expected.extend(pending.take().map(|item| (now, item)));
+            burst.extend(items.iter().filter(|&&(at, _)| at == now));
+            let (Some(&(first, _)), Some(newest)) = (burst.first(), burst.last()) else { continue };
+            let is_due = now >= newest.0 + window_ms || wait_ms.is_some_and(|wait| now >= first + wait);
+            if is_due || end == Some(now) {
+                let line = burst.iter().rfind(|(_, event)| matches!(event, Event::Line(_)));
+                expected.push((now, line.unwrap_or(newest).1.clone()));
+                burst.clear();
             }
         }
-        prop_assert_eq!(debounced_with(&items, end, window, max_wait), (expected, end));
+        prop_assert_eq!(debounced_with(&items, end, window, max_wait, Event::reduce), (expected, end));
     }
 
-    /// ReactiveX: merge passes on every item of each source when it comes, each source's in its
-    /// order, and ends when all sources have.
+    /// The reference model of `then_latest`, millisecond by millisecond: first what comes joins what is pending, then
+    /// a run ends, then the next one begins, and the end is where nothing is left.
     #[test]
-    fn merge_equals_its_definition((a, a_end) in marbles(), (b, b_end) in marbles()) {
-        let time = VirtualTime::new();
-        let tag = |source: &[(Time, u32)], tag: char| -> Vec<_> {
-            source.iter().map(|&(at, item)| (at, (tag, item))).collect()
-        };
-        let (a, b) = (tag(&a, 'a'), tag(&b, 'b'));
-        let (out, end) = observe(&time, 100_000, time.hot(&a, a_end).merge(time.hot(&b, b_end)));
-        let only = |tag: char| -> Vec<_> {
-            out.iter().copied().filter(|(_, (from, _))| *from == tag).collect()
-        };
-        prop_assert_eq!(only('a'), a);
-        prop_assert_eq!(only('b'), b);
-        prop_assert!(out.is_sorted_by_key(|(at, _)| *at));
-        prop_assert_eq!(end, a_end.zip(b_end).map(|(a, b)| a.max(b)));
+    fn then_latest_equals_its_model((items, end) in marbles(), longest in 0..80u64) {
+        // A run's length is in its item: such runs are shorter and longer than the gaps.
+        let items: Vec<_> =
+            items.into_iter().map(|(at, item)| (at, vec![Time::from(item) % (longest + 1)])).collect();
+        let (mut expected, mut ended) = (Vec::new(), None);
+        let (mut running, mut pending) = (None::<(Time, Time, Vec<Time>)>, Vec::new());
+        for now in 0..9_000 {
+            pending.extend(items.iter().filter(|&&(at, _)| at == now).flat_map(|(_, item)| item.clone()));
+            loop {
+                if let Some((start, _, item)) = running.take_if(|(_, due, _)| *due == now) {
+                    expected.push((now, (start, item)));
+                }
+                if running.is_some() || pending.is_empty() {
+                    break;
+                }
+                running = Some((now, now + pending.iter().max().unwrap(), mem::take(&mut pending)));
+            }
+            if running.is_none() && end.is_some_and(|end| end <= now) {
+                ended = Some(now);
+                break;
+            }
+        }
+        let join = |earlier: Vec<_>, later: Vec<_>| [earlier, later].concat();
+        prop_assert_eq!(runs(&items, end, join, |item| *item.iter().max().unwrap()), (expected, ended));
     }
+}
+
+/// A line or a tick, evenly.
+fn event(number: u32) -> Event {
+    if number.is_multiple_of(2) { line(&number.to_string()) } else { Tick(number.into()) }
 }

@@ -27,7 +27,7 @@ fn runner(cases: u32) -> TestRunner {
     TestRunner::new(config)
 }
 
-/// Bytes of every kind, but more of those that could matter.
+/// Bytes of every kind, but more of those that could matter. (Those of HTTP are `fuzz.rs`'s.)
 fn bytes(longest: usize) -> impl Strategy<Value = Vec<u8>> {
     let piece = prop_oneof![
         4 => Just(b"\n".to_vec()),
@@ -36,6 +36,7 @@ fn bytes(longest: usize) -> impl Strategy<Value = Vec<u8>> {
         1 => Just(b"\0".to_vec()),
         1 => Just(b" ".to_vec()),
         1 => Just(b"\\".to_vec()),
+        1 => Just("\u{feff}".into()),
         1 => Just(b"\x1b[31m".to_vec()),
         2 => any::<u8>().prop_map(|byte| vec![byte]),
         2 => any::<char>().prop_map(|c| c.to_string().into_bytes()),
@@ -85,10 +86,10 @@ fn lines(chunks: &[Chunk]) -> Vec<Vec<u8>> {
     bytes.split_inclusive(|&byte| byte == b'\n').map(<[u8]>::to_vec).collect()
 }
 
-/// Through a connection that is kept open goes every line, in order, and nothing else.
+/// With `--keep-open` every line is echoed and printed, in order, and nothing else; the last one is observed.
 #[test]
 fn any_bytes_in_any_chunks_keep_open() {
-    let mut server = Server::start(&[&CALM[..], &["--keep-open"]].concat());
+    let mut server = Server::start(&calm(&["--keep-open"]));
     let events = RefCell::new(vec![]);
     let result = runner(120).run(&chunks(40), |chunks| {
         let before = server.stdout.lines().len();
@@ -137,7 +138,7 @@ fn any_bytes_in_any_chunks_one_line() {
 #[test]
 fn any_bytes_up_to_a_line_that_is_too_long() {
     const LONGEST: usize = 12;
-    let server = Server::start(&[&CALM[..], &["--keep-open", "--max-line", "12"]].concat());
+    let server = Server::start(&calm(&["--keep-open", "--max-line", "12"]));
     let result = runner(120).run(&chunks(40), |chunks| {
         let (before, complaints) = (server.stdout.lines().len(), server.stderr.lines().len());
         let lines = lines(&chunks);
@@ -156,8 +157,10 @@ fn any_bytes_up_to_a_line_that_is_too_long() {
         got.retain(|line| line != CLOSE);
         prop_assert_eq!(got, printed);
         if served < lines.len() {
-            let sentence =
-                format!("smolrx: line from 127.0.0.1:{} is longer than {LONGEST} bytes", client.port());
+            let sentence = format!(
+                "smolrx: line from 127.0.0.1:{} is longer than {LONGEST} bytes; --max-line allows more",
+                client.port()
+            );
             server.stderr.wait_for_count(complaints + 1);
             prop_assert_eq!(&server.stderr.lines()[complaints..], [sentence]);
         } else {

@@ -31,8 +31,41 @@ pub const CALM: [&str; 2] = ["--interval", "600000"];
 /// The transcript's line at the end of a connection.
 pub const CLOSE: &str = "Close the client socket";
 
+/// These options, and a clock that keeps out of the way.
+pub fn calm<'a>(options: &[&'a str]) -> Vec<&'a str> {
+    [&CALM, options].concat()
+}
+
+/// The same, for a server that finds itself a port of the loopback interface.
+pub fn calm_on_loopback<'a>(options: &[&'a str]) -> Vec<&'a str> {
+    [&CALM[..], &["--bind", "127.0.0.1", "--tcp-port", "0"], options].concat()
+}
+
+/// A line of so many bytes, its ending included.
+pub fn line_of(length: usize) -> String {
+    "x".repeat(length - 1) + "\n"
+}
+
 pub fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
+}
+
+/// Says that a part of a test is not run, and why, past libtest's capture. Where `SMOLRX_NO_SKIPS` is set,
+/// as in CI, that is a failure.
+pub fn skip(reason: impl std::fmt::Display) {
+    assert!(env::var_os("SMOLRX_NO_SKIPS").is_none(), "SKIPPED where SMOLRX_NO_SKIPS is set: {reason}");
+    let test = thread::current().name().unwrap_or("a part of a test").to_owned();
+    let _ = writeln!(io::stderr(), "SKIPPED: {test}: {reason}");
+}
+
+/// Whether the program under test is run by an emulator (a script starts it), which takes longer for everything.
+fn is_emulated() -> bool {
+    fs::read(binary()).is_ok_and(|file| file.starts_with(b"#!"))
+}
+
+/// The process has ended six seconds after the signal; and a moment for the test to see it.
+pub fn stop_limit() -> Duration {
+    if is_emulated() { ms(8000) } else { ms(6250) }
 }
 
 /// The value of a setting in the environment, or what it is by default.
@@ -101,12 +134,12 @@ pub fn program_after(setup: &str, options: &[&str]) -> Command {
     command
 }
 
-/// The same, run by a user who may not open anew what belongs to the tests' own user; none, and the
-/// reason printed, where that can't be. The scratch holds a binary that this user may run.
+/// The same, run by a user who may not open what belongs to the tests' own user; none, and the test
+/// skipped, where that can't be. The scratch holds a binary that this user may run.
 pub fn program_of_nobody(options: &[&str]) -> Option<(Command, Scratch)> {
     let nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups"];
     if let Some(reason) = refusal(Command::new("setpriv").args(nobody).arg("true")) {
-        println!("skipped: another user: {reason}");
+        skip(format!("no other user: {reason}"));
         return None;
     }
     let scratch = Scratch::new();
@@ -120,17 +153,17 @@ pub fn program_of_nobody(options: &[&str]) -> Option<(Command, Scratch)> {
     Some((command, scratch))
 }
 
-/// Whether this machine lacks the address `::1`; then it says, past cargo's capture, what is skipped.
+/// Whether this machine lacks the address `::1`; then it says what is skipped.
 pub fn no_ipv6(what: &str) -> bool {
     let refusal = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).err();
     if let Some(reason) = &refusal {
-        let _ = writeln!(io::stderr(), "skipped: {what}: no IPv6 loopback here: {reason}");
+        skip(format!("{what}: no IPv6 loopback here: {reason}"));
     }
     refusal.is_some()
 }
 
 /// Why a command that asks for a privilege or a tool fails; none if it does not.
-fn refusal(command: &mut Command) -> Option<String> {
+pub fn refusal(command: &mut Command) -> Option<String> {
     match command.stdin(Stdio::null()).output() {
         Ok(output) if output.status.success() => None,
         Ok(output) => Some(String::from_utf8_lossy(&output.stderr).trim().into()),
@@ -139,13 +172,13 @@ fn refusal(command: &mut Command) -> Option<String> {
 }
 
 /// Runs a part of a test in a network of its own, with only a loopback interface, on which a shell
-/// has run `setup`; not at all, and the reason printed, where that can't be.
+/// has run `setup`; where that can't be, the test is skipped.
 pub fn in_a_network_of_its_own(setup: &str, body: impl FnOnce() + Send) {
     let mut command = Command::new("unshare");
     command.args(["--net", "sh", "-ec"]);
     command.arg(format!("ip link set lo up; {setup}\necho ready; read -r _ || true"));
     if let Some(reason) = refusal(&mut command) {
-        println!("skipped: a network of its own: {reason}");
+        skip(format!("no network of its own: {reason}"));
         return;
     }
     let mut holder = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
@@ -220,6 +253,17 @@ impl Process {
         kill_process(Pid::from_child(&self.child), signal).expect("the program is there to be signalled");
     }
 
+    /// Signals it once more, so late after the first signal that it is a second one: within 100 ms two are one.
+    pub fn signal_again(&self, signal: Signal) {
+        thread::sleep(ms(150));
+        self.signal(signal);
+    }
+
+    /// The number of its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Stops it in its tracks, until it is woken.
     pub fn suspend(&self) {
         self.signal(Signal::STOP);
@@ -269,6 +313,16 @@ impl Process {
         }
     }
 
+    /// Waits for the end after this instant, at which it was signalled: it must come in time, and be a good one.
+    #[track_caller]
+    pub fn stopped(&mut self, signalled: Instant) -> Exit {
+        let exit = self.exited(PATIENCE);
+        let took = signalled.elapsed();
+        assert_eq!(exit.code, Some(0), "the exit code after a signal: {:?}", exit.stderr);
+        assert!(took < stop_limit(), "ended {took:?} after the signal");
+        exit
+    }
+
     /// Asks it to stop, which must end well.
     pub fn stop(&mut self) -> Exit {
         self.signal(Signal::TERM);
@@ -285,7 +339,7 @@ impl Process {
     }
 
     /// A line of a file of `name: value` lines.
-    fn proc_field(&self, file: &str, name: &str) -> String {
+    pub fn proc_field(&self, file: &str, name: &str) -> String {
         let text = self.proc(file);
         let line = text.lines().find(|line| line.starts_with(name));
         line.unwrap_or_else(|| panic!("no {name} in {file}:\n{text}"))[name.len()..].trim().into()
@@ -671,6 +725,12 @@ pub fn observed(lines: &[String]) -> Vec<&str> {
     lines.iter().filter_map(|line| line.strip_prefix("Observing ")).collect()
 }
 
+/// The texts that were received from the client with this port, in order.
+pub fn received_from(lines: &[String], port: u16) -> Vec<&str> {
+    let from = format!(" from 127.0.0.1:{port}");
+    lines.iter().filter_map(|line| line.strip_prefix("Received ")?.strip_suffix(&from)).collect()
+}
+
 /// The three lines of a connection that sent one line.
 pub fn conversation(shown: &str, port: u16) -> [String; 3] {
     [format!("Received {shown} from 127.0.0.1:{port}"), format!("Send: {shown}"), CLOSE.into()]
@@ -678,9 +738,11 @@ pub fn conversation(shown: &str, port: u16) -> [String; 3] {
 
 // ------------------------------------------------- how a line is to be shown
 
-/// A received line as it is shown, in all three places: as text, stripped, escaped.
+/// A received line as it is shown, in all three places: as text, stripped, escaped. A byte order mark at its
+/// start is stripped like a blank.
 pub fn shown(line: &[u8]) -> String {
-    escaped(String::from_utf8_lossy(line).trim())
+    let text = String::from_utf8_lossy(line);
+    escaped(text.trim_start_matches(|c: char| c.is_whitespace() || c == '\u{feff}').trim_end())
 }
 
 fn escaped(text: &str) -> String {
@@ -750,7 +812,7 @@ impl Client {
         bytes
     }
 
-    /// Waits until the server has read all that this client has sent.
+    /// Waits until the server has accepted this client and read all that it has sent.
     pub fn is_taken(&self) {
         eventually(PATIENCE, "the server reads what was sent", || {
             let server = server_end(self.port());
@@ -950,7 +1012,6 @@ impl Flood {
 
 /// All lines of a flood that are in the transcript, which must be in order and without a gap.
 pub fn received(transcript: &[String], flood: &Flood) -> usize {
-    let from = format!(" from 127.0.0.1:{}", flood.port);
-    let lines = transcript.iter().filter_map(|line| line.strip_prefix("Received ")?.strip_suffix(&from));
+    let lines = received_from(transcript, flood.port).into_iter();
     lines.enumerate().map(|(i, line)| assert_eq!(line, flood.line(i))).count()
 }
