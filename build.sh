@@ -17,7 +17,7 @@ Builds smolrx's image. It needs Docker alone and works from any directory.
 Settings are environment variables, here with their values:
 
   DOCKER             $DOCKER; podman is another
-  IMAGE              $IMAGE
+  IMAGE              $IMAGE; the others are called $builder, $python_builder and $python_image
   ARCH               ${ARCH:-of the engine}; or amd64 or arm64, compiled on either
   RUST_IMAGE         $RUST_IMAGE
   PYTHON_IMAGE       $PYTHON_IMAGE
@@ -40,10 +40,15 @@ export PYTHON_IMAGE=${PYTHON_IMAGE:-$(default PYTHON_IMAGE baseline/Dockerfile)}
 export PYTHON_SLIM_IMAGE=${PYTHON_SLIM_IMAGE:-$(default PYTHON_SLIM_IMAGE baseline/Dockerfile)}
 export BUILDAH_FORMAT=docker # podman's own format has no HEALTHCHECK
 
-builder=smolrx-builder
+# NAME SUFFIX: an image's name with a suffix, before the tag if there is one (a colon behind the last slash).
+beside() {
+  case ${1##*/} in *:*) echo "${1%:*}-$2:${1##*:}" ;; *) echo "$1-$2" ;; esac
+}
+
+builder=$(beside "$IMAGE" builder)
+python_builder=$(beside "$IMAGE" python-builder)
+python_image=$(beside "$IMAGE" python)
 other= # the architecture, if it is not the engine's own
-python_builder=smolrx-python-builder
-python_image=smolrx-python
 
 # ---------------------------------------------------------------- commands
 
@@ -55,7 +60,7 @@ build_builder() {
 build() {
   other=$ARCH
   [ "$other" != "$(engine_arch)" ] || other=
-  builder=smolrx-builder${other:+:$other}
+  builder=$(beside "$IMAGE" builder)
   build_builder
   from_stream "$builder" ${other:+--no-cache --platform "linux/$other"} -t "$IMAGE"
 }
@@ -102,7 +107,7 @@ compare() {
     printf '%s\t%s\n' "$image" "$(bytes "$image")"
   done | sort -t $'\t' -k 2,2nr)
   awk -F '\t' -v reference="$python_builder" -v pex="$python_image" "$human"'
-    { name[NR] = $1; size[NR] = $2; of[$1] = $2 }
+    { name[NR] = $1; size[NR] = $2; of[$1] = $2; if (length($1) > width) width = length($1) }
 
     function times(n) { return n > 1 ? sprintf(n < 10 ? "%.1f" : "%.0f", n) : "" }
     function bar(n,  text) {
@@ -111,9 +116,10 @@ compare() {
     }
 
     END {
-      row = "%-22s %13s  %7s  %14s  %9s  %s\n"
+      width++
+      row = "%-" width "s %13s  %7s  %14s  %9s  %s\n"
       print ""
-      printf "%71s\n", "times smaller than"
+      printf "%" width + 49 "s\n", "times smaller than"
       printf row, "image", "bytes", "size", "Python builder", "pex image", ""
       for (i = 1; i <= NR; i++)
         printf row, name[i], size[i], human(size[i]), times(of[reference] / size[i]), times(of[pex] / size[i]), bar(size[i])

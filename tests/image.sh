@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # Tests the image as people run it.
 #
-#   tests/image.sh [--rebuild] [IMAGE [BUILDER]]     # smolrx and smolrx-builder, as build.sh names them
+#   tests/image.sh [--rebuild]
 #
 # --rebuild builds it anew in every way there is, minutes each: all must give the same binary.
-# Needs bash, nc, script (of util-linux) and a Docker engine or podman; DOCKER, RUST_IMAGE and BUDGET (the most
-# bytes that the image may have) are settings.
+# Needs bash, nc, script (of util-linux) and a Docker engine or podman. Settings: DOCKER; IMAGE, if it is not smolrx;
+# RUST_IMAGE; BUDGET, the most bytes that the image may have; ROUNDS of the attack on its memory, of each kind.
 set -uo pipefail
 
 rebuild=
-if [ "${1-}" = --rebuild ]; then rebuild=yes; shift; fi
-image=${1:-smolrx}
-builder=${2:-smolrx-builder}
+if [ "${1-}" = --rebuild ]; then rebuild=yes; fi
+image=${IMAGE:-smolrx}
 docker=${DOCKER:-docker}
 budget=${BUDGET:-130000}
+rounds=${ROUNDS:-10}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # A clock and a debounce so slow that only the flush at the end is observed.
@@ -26,7 +26,8 @@ tag=smolrx-test-$$
 clean_up() {
   local file
   for file in "$work"/*.cid; do if [ -s "$file" ]; then "$docker" rm -f "$(cat "$file")"; fi; done
-  "$docker" rmi "$tag:stream" "$tag:classic" "$tag:clean" "$tag:buildkit" "$tag:cross" "$tag:cross-stream"
+  "$docker" rmi "$tag:stream" "$tag:classic" "$tag:clean" "$tag:buildkit" "$tag:cross" "$tag:cross-stream" \
+    "$(builder_of "$tag:cross-stream")"
   rm -rf "$work"
 }
 trap 'clean_up > /dev/null 2>&1' EXIT
@@ -37,6 +38,8 @@ trap 'exit 143' TERM
 
 # shellcheck source=tests/common/check.sh
 . "$here/tests/common/check.sh"
+
+builder=$(builder_of "$image")
 
 # NAME [DOCKER-OPTION]... [-- OPTION...]: starts a container, known by this name from then on, and waits until it serves.
 start() {
@@ -71,10 +74,13 @@ binary() {
   "$docker" rm "$(id "$1")" > /dev/null
 }
 
-# NAME: stops the container, which must end well, in under two seconds, and flush the event that is pending.
+# NAME EVENT [COMMAND...]: stops the container, by `docker stop` or this command: it must end well, in under two
+# seconds, and print the event that is pending.
 stops() {
-  local before=${EPOCHREALTIME/./} event=$2
-  "$docker" stop "$(id "$1")"
+  local before=${EPOCHREALTIME/./} event=$2 how=("${@:3}")
+  [ ${#how[@]} -gt 0 ] || how=("$docker" stop)
+  "${how[@]}" "$(id "$1")"
+  until_true has_ended "$1"
   [ $((${EPOCHREALTIME/./} - before)) -lt 2000000 ]
   [ "$(of "$1" '{{.State.ExitCode}}')" = 0 ]
   [ "$(logs "$1" | tail -n 1)" = "Observing $event" ]
@@ -138,6 +144,13 @@ stops_in_time() {
   start stop -p 127.0.0.1::8888
   echoes stop foo
   stops stop foo
+}
+
+# As a terminal that is closed sends it.
+hangup() {
+  start hangup -p 127.0.0.1::8888
+  echoes hangup foo
+  stops hangup foo "$docker" kill --signal HUP
 }
 
 ctrl_c() {
@@ -212,13 +225,13 @@ thousand_clients() {
 
 # NAME [OPTION]...: all seats but one are taken by clients that each hold a line as long as may be, all but its end.
 hostile_clients() {
-  local name=$1 unfinished socket status sockets=()
+  local name=$1 unfinished socket sockets=()
   start "$name" "${small[@]}" -- "${@:2}"
   port=$(port "$name")
   set +x
-  unfinished=$(printf '%65535s' '')
+  unfinished=$(printf '%2047s' '')
   ulimit -S -n 2048
-  while [ "${#sockets[@]}" -lt 1023 ]; do
+  while [ "${#sockets[@]}" -lt 511 ]; do
     exec {socket}<> "/dev/tcp/127.0.0.1/$port"
     printf %s "$unfinished" >&"$socket"
     sockets+=("$socket")
@@ -233,16 +246,82 @@ hostile_clients() {
     is_alive "$name"
     sleep 0.2
   done
-  # What podman itself needs to start a probe in there, some 2 MB, is that probe's end now and then (137, by the limit):
-  # then a container beside it asks, in the same network namespace.
-  status=0
-  "$docker" exec "$(id "$name")" /smolrx --health || status=$?
-  if [ "$status" = 137 ]; then "$docker" run --rm --network "container:$(id "$name")" "$image" --health; else [ "$status" = 0 ]; fi
+  probe_says_healthy "$name"
   is_alive "$name"
+}
+
+# NAME. What podman itself needs to start a probe in there, some 2 MB, is that probe's end now and then, by the limit (137, or
+# runc's 255; smolrx itself says 0 or 1): then a container beside it asks, in the same network namespace.
+probe_says_healthy() {
+  local status=0
+  "$docker" exec "$(id "$1")" /smolrx --health || status=$?
+  if [ "$status" -gt 1 ]; then "$docker" run --rm --network "container:$(id "$1")" "$image" --health; else [ "$status" = 0 ]; fi
 }
 
 unfinished_lines() { hostile_clients unfinished; }
 unfinished_lines_keep_open() { hostile_clients unfinished-keep-open --keep-open; }
+
+# COUNT: so many clients, each with an unfinished line of one of twelve lengths. They leave by leave.
+unfinished() {
+  local socket length lengths=(1 17 40 90 150 256 300 520 900 1030 1500 2047)
+  for ((i = 0; i < $1; i++)); do
+    exec {socket}<> "/dev/tcp/127.0.0.1/$port"
+    length=${lengths[i % 12]}
+    printf '%*s' "$length" '' >&"$socket"
+    sockets+=("$socket")
+  done
+}
+leave() {
+  local socket
+  for socket in "${sockets[@]}"; do exec {socket}>&-; done
+  sockets=()
+}
+dels() { printf "%$1s" '' | tr ' ' '\177'; } # COUNT
+
+# NAME [DOCKER-OPTION]...: an attack on the allocator and on what text takes, which is six bytes for a DEL when it is
+# shown. Unfinished lines take nearly all seats, and whole lines of DEL come; then unfinished lines take all seats and
+# more, and lines come that are far too long.
+attack() {
+  local name=$1 socket line short long sockets=()
+  start "$name" "${small[@]}" "${@:2}"
+  port=$(port "$name")
+  set +x
+  ulimit -S -n 2048
+  short=$(dels 2047)
+  long=$(dels 65535)
+  for ((round = 0; round < rounds; round++)); do
+    unfinished 500
+    for ((n = 0; n < 100; n++)); do
+      exec {socket}<> "/dev/tcp/127.0.0.1/$port"
+      echo "$short" >&"$socket"
+      read -r -t 10 line <&"$socket"
+      [ "$line" = "$short" ]
+      exec {socket}>&-
+    done
+    (set -x; is_alive "$name")
+    leave
+    unfinished 1020
+    long_ones=()
+    for ((n = 0; n < 12; n++)); do
+      exec {socket}<> "/dev/tcp/127.0.0.1/$port"
+      echo "$long" >&"$socket"
+      long_ones+=("$socket")
+    done
+    sleep 0.3
+    (set -x; is_alive "$name")
+    leave
+    sockets=("${long_ones[@]}")
+    for socket in "${sockets[@]}"; do read -r -t 10 line <&"$socket" || true; done
+    leave
+    (set -x; is_alive "$name")
+  done
+  set -x
+  probe_says_healthy "$name"
+  is_alive "$name"
+}
+
+attacked() { attack attacked --no-healthcheck; }
+attacked_while_probed() { attack probed --health-interval 1s; }
 
 # What it shows of a DEL is six bytes, twice, and nobody reads it. (In the builder, for its shell and its pipe: an
 # engine whose own client does not read may get stuck itself.)
@@ -255,8 +334,9 @@ stalled_text() {
   until_true runs
   port=$(port stalled)
   set +x
-  line=$(printf '%65535s' '' | tr ' ' '\177')
-  for i in {1..100}; do
+  line=$(printf '%2047s' '' | tr ' ' '\177')
+  ulimit -S -n 2048
+  for i in {1..511}; do
     exec {socket}<> "/dev/tcp/127.0.0.1/$port"
     echo "$line" >&"$socket"
   done
@@ -345,15 +425,18 @@ check  10 declares                "user, port, stop signal, health check, labels
 check  20 takes_options           "options follow the image's name"
 check  30 echoes_a_line           "docker run -p, and nc"
 check  30 stops_in_time           "docker stop: in under two seconds, exit code 0, the pending event observed"
+check  30 hangup                  "SIGHUP, as of a terminal that is closed, stops it as well"
 check  30 ctrl_c                  "Ctrl-C on docker run -it"
 check  60 health                  "healthy; unhealthy when wedged; healthy again"
 check  60 other_port              "healthy at another port, without further options"
 check  30 health_from_outside     "healthy at the published port, asked from outside; not when it has gone"
 check  30 hardened                "hardened: read-only, no capabilities, any user, no network"
 check 120 thousand_clients        "a thousand clients at once in 6 MB and 8 tasks"
-check 120 unfinished_lines        "1,023 unfinished lines of 64 KiB in 6 MB, and short ones served within a second"
+check 120 unfinished_lines        "511 unfinished lines of 2 KiB in 6 MB, and short ones served within a second"
 check 120 unfinished_lines_keep_open "so with --keep-open"
-check  60 stalled_text            "100 lines of 64 KiB of DEL in 6 MB, and nobody reads stdout"
+check 300 attacked                "unfinished lines of twelve lengths, then lines of DEL, $rounds times in 6 MB"
+check 300 attacked_while_probed   "so with a health check each second"
+check  60 stalled_text            "511 lines of 2 KiB of DEL in 6 MB, and nobody reads stdout"
 check  30 stream_is_deterministic "the builder's stream is the same each time"
 check  20 stream_is_in_order      "the stream's files: sorted, nobody's, without a time"
 check  60 stream_is_the_image     "the image is what the stream builds"

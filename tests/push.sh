@@ -11,7 +11,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 work=$(mktemp -d)
 clean_up() {
   kill "$registry"
-  "$docker" rmi -f "$name" "$name-amd64" "$name-arm64"
+  "$docker" rmi -f "$name" "$name-amd64" "$name-arm64" "$(builder_of "$name-amd64")" "$(builder_of "$name-arm64")"
   rm -rf "$work"
 }
 trap 'clean_up > /dev/null 2>&1' EXIT

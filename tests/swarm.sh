@@ -2,13 +2,13 @@
 # Tests that replicas roll without losing a line: three of them in Swarm, eight clients in another container that
 # never pause, and every replica replaced meanwhile.
 #
-#   tests/swarm.sh [IMAGE [CLIENT-IMAGE]]      # smolrx and smolrx-builder; the clients need bash
+#   tests/swarm.sh
 #
-# Needs a Docker engine that is in no swarm, or manages one. It is left as it was found. DOCKER is a setting.
+# Needs a Docker engine that is in no swarm, or manages one, and leaves it as it was. Settings: DOCKER; IMAGE, if it is
+# not smolrx; CLIENTS, the clients' image with a bash in it, if it is not the builder.
 set -uo pipefail
 
-image=${1:-smolrx}
-clients=${2:-smolrx-builder}
+image=${IMAGE:-smolrx}
 docker=${DOCKER:-docker}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 name=smolrx-test-$$ # of the service, its network and the clients' container
@@ -33,6 +33,8 @@ trap 'exit 143' TERM
 
 # shellcheck source=tests/common/check.sh
 . "$here/tests/common/check.sh"
+
+clients=${CLIENTS:-$(builder_of "$image")}
 
 replicas() { "$docker" ps --all --quiet --filter "label=com.docker.swarm.service.name=$name"; }
 echoed() { "$docker" exec "$name" sh -c 'cat /results/echoed.*'; }

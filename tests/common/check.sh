@@ -26,6 +26,11 @@ check() {
   fi
 }
 
+# IMAGE: what build.sh calls its builder.
+builder_of() {
+  case ${1##*/} in *:*) echo "${1%:*}-builder:${1##*:}" ;; *) echo "$1-builder" ;; esac
+}
+
 # WHY: what was not checked.
 skip() {
   echo "skipped - $1"
