@@ -190,6 +190,14 @@ fn as_process_1(notes: &Notes, inside: &str, options: &[&str], command: &[&str])
     Some((server, inner))
 }
 
+/// Waits for the end of a server that has been told to stop: in good order, and without a word.
+#[track_caller]
+fn ends_well(server: &mut Server) -> Exit {
+    let exit = server.exited(ms(6000));
+    assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
+    exit
+}
+
 // ------------------------------------------------------- what the command gets
 
 /// The command finds the event in `SMOLRX_EVENT`, as the transcript shows it, whatever a client sends.
@@ -810,8 +818,7 @@ fn signal_waits_for_the_run_and_runs_what_is_pending() {
         assert!(server.is_running(), "ended in the middle of a run");
         assert_eq!(notes.lines(), ["begin first"]);
         notes.release();
-        let exit = server.exited(ms(6000));
-        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
+        let exit = ends_well(&mut server);
         assert_eq!(notes.lines(), ["begin first", "end first", "begin third", "end third"]);
         assert_eq!(observed(&exit.stdout).last(), Some(&"third"), "{exit:?}");
     }
@@ -833,8 +840,7 @@ fn run_longer_than_the_grace_is_waited_for() {
     thread::sleep(ms(7000));
     assert!(server.is_running(), "ended in the middle of a run");
     notes.release();
-    let exit = server.exited(ms(6000));
-    assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
+    ends_well(&mut server);
     assert_eq!(notes.lines(), ["begin first", "end first", "begin second", "end second"]);
 }
 
@@ -869,8 +875,7 @@ fn line_completed_in_the_grace_is_run() {
     client.send("leted\n");
     assert_eq!(client.rest(), b"completed\n");
     notes.release();
-    let exit = server.exited(ms(6000));
-    assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
+    ends_well(&mut server);
     assert_eq!(notes.lines(), ["begin first", "end first", "begin completed", "end completed"]);
 }
 
@@ -959,8 +964,7 @@ fn doubled_signal_is_one() {
     thread::sleep(ms(500));
     assert!(server.is_running(), "ended in the middle of a run");
     notes.release();
-    let exit = server.exited(ms(6000));
-    assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
+    ends_well(&mut server);
     assert_eq!(notes.lines(), ["begin first", "end first"]);
 }
 
@@ -1126,8 +1130,7 @@ fn process_1_ends_well() {
         thread::sleep(ms(300));
         assert_eq!(notes.lines(), ["begin first"]);
         notes.release();
-        let exit = server.exited(ms(6000));
-        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
+        ends_well(&mut server);
         assert_eq!(notes.lines(), ["begin first", "end first", "begin second", "end second"]);
     }
 }
