@@ -1085,12 +1085,13 @@ impl Connection<'_> {
     fn deadline(&self, start: Instant) -> Instant {
         let due = start + if self.is_closing { GRACE } else { self.server.options.timeout };
         let Some(stop) = self.server.stopped.get() else { return due };
-        let grace = match (self.buffer.is_empty(), self.has_received) {
-            _ if self.is_closing => GRACE,
-            (false, _) => GRACE,
-            (true, false) => FIRST_BYTE_GRACE,
+        let grace = if self.is_closing || !self.buffer.is_empty() {
+            GRACE
+        } else if self.has_received {
             // Between two lines, a server that stops waits for nobody.
-            (true, true) => Duration::ZERO,
+            Duration::ZERO
+        } else {
+            FIRST_BYTE_GRACE
         };
         due.min(start.max(stop) + grace).min(stop + GRACE)
     }
