@@ -19,13 +19,16 @@ ARG BUILDER_PLATFORM=${BUILDPLATFORM:-linux}
 FROM --platform=${BUILDER_PLATFORM} ${RUST_IMAGE} AS builder
 WORKDIR /smolrx
 
-# What the base image lacks of the standard library's source and of musl, rustup brings.
+# What the base image lacks of the standard library's source and of musl, rustup brings. One function of musl
+# is made visible, so that .cargo/image.toml can name it.
 ARG TARGETARCH
 RUN set -eu; \
     arch=$(echo "${TARGETARCH:-$(uname -m)}" | sed 's/amd64/x86_64/; s/arm64/aarch64/'); \
     lib=$(rustc --print sysroot)/lib/rustlib; target=$arch-unknown-linux-musl; \
     [ -e "$lib/src/rust/library/Cargo.lock" ] || rustup component add rust-src; \
     [ -e "$lib/$target/lib/self-contained/libc.a" ] || rustup target add "$target"; \
+    host=$(rustc -vV | sed -n 's/^host: //p'); \
+    "$lib/$host/bin/rust-objcopy" --globalize-symbol=__simple_malloc "$lib/$target/lib/self-contained/libc.a"; \
     echo "$target" > /target
 
 COPY . .

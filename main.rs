@@ -33,6 +33,7 @@ use futures_lite::stream::StreamExt;
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
 use nix::sys::signal::{SIGCHLD, SIGHUP, SIGINT, SIGPIPE, SIGTERM, SIGXFSZ, SigSet, SigmaskHow};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rlsf::SmallGlobalTlsf;
 use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
@@ -56,6 +57,10 @@ use text::{address_text, decimal, errno, error_text, excerpt, failure, text_of};
 compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 
 // ---------------------------------------------------------------- the program
+
+/// Keeps what it once had from the system. `.cargo/image.toml` leaves out musl's own allocator.
+#[global_allocator]
+static ALLOCATOR: SmallGlobalTlsf = SmallGlobalTlsf::new();
 
 fn main() -> ! {
     // First of all: until it is blocked, a signal to process 1 is lost.
@@ -1189,6 +1194,9 @@ mod output {
     const HIGH_WATER_MARK: usize = 64 * 1024;
     /// What a thread reads at once, in bytes; longer lines may be torn.
     const COPIED_AT_ONCE: usize = 16 * 1024;
+    /// After so few bytes a thread lets more come for a millisecond: waking it for each client costs more
+    /// than copying the lines.
+    const FEW: usize = 512;
 
     /// Threads that have not written all yet.
     static WRITERS: AtomicI32 = AtomicI32::new(0);
@@ -1314,6 +1322,9 @@ mod output {
                 Err(error) if is_stdout => exit_with(Err(failure(&["write to stdout"], error)), 1),
                 _ => _ = text.drain(..end),
             }
+            if end < FEW {
+                pause();
+            }
         }
         WRITERS.fetch_sub(1, Relaxed);
         if is_stdout {
@@ -1322,13 +1333,18 @@ mod output {
                 if WRITERS.load(Relaxed) == 0 {
                     break;
                 }
-                let _ = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 }));
+                pause();
             }
             exit(STATUS.load(Relaxed))
         }
         loop {
             let _ = poll(&mut [], None);
         }
+    }
+
+    /// For a millisecond.
+    fn pause() {
+        let _ = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 }));
     }
 
     fn write_all(stream: BorrowedFd, mut text: &[u8]) -> Result<(), Errno> {
