@@ -114,6 +114,22 @@ impl Notes {
         fs::remove_file(self.file("hold")).unwrap();
     }
 
+    /// Pokes a server, and waits until the run has begun.
+    #[track_caller]
+    fn begin_first(&self, server: &Server) {
+        server.echo("first\n");
+        self.wait_for("begin first");
+    }
+
+    /// Lets the run under way go on, waits for the good end of a server that has been told to stop, and
+    /// compares what its runs have noted in all.
+    #[track_caller]
+    fn ends_well(&self, server: &mut Server, notes: &[&str]) {
+        self.release();
+        ends_well(server);
+        assert_eq!(self.lines(), notes);
+    }
+
     fn lines(&self) -> Vec<String> {
         let text = fs::read(self.file("notes")).unwrap_or_default();
         String::from_utf8_lossy(&text).lines().map(String::from).collect()
@@ -565,8 +581,7 @@ fn latest_event_is_run_next() {
     let notes = Notes::new();
     let mut server = notes.server(&POKED, HELD);
     notes.hold();
-    server.echo("first\n");
-    notes.wait_for("begin first");
+    notes.begin_first(&server);
     for i in 0..10 {
         server.echo(format!("meanwhile {i}\n"));
         thread::sleep(ms(20)); // each an event of its own
@@ -634,8 +649,7 @@ fn long_run_delays_nobody() {
     let notes = Notes::new();
     notes.hold();
     let server = notes.server(&[&POKED[..], &["--timeout", "1000"]].concat(), HELD);
-    server.echo("first\n");
-    notes.wait_for("begin first");
+    notes.begin_first(&server);
     let mut idle = server.connect();
     idle.send("half");
     let start = Instant::now();
@@ -808,8 +822,7 @@ fn signal_waits_for_the_run_and_runs_what_is_pending() {
         let notes = Notes::new();
         notes.hold();
         let mut server = notes.server(&POKED, TRAPS);
-        server.echo("first\n");
-        notes.wait_for("begin first");
+        notes.begin_first(&server);
         server.echo("second\n");
         server.echo("third\n");
         server.signal(signal);
@@ -830,8 +843,7 @@ fn run_longer_than_the_grace_is_waited_for() {
     let notes = Notes::new();
     notes.hold();
     let mut server = notes.server(&POKED, TRAPS);
-    server.echo("first\n");
-    notes.wait_for("begin first");
+    notes.begin_first(&server);
     server.echo("second\n");
     let mut silent = server.connect();
     silent.send("half");
@@ -839,9 +851,7 @@ fn run_longer_than_the_grace_is_waited_for() {
     server.signal(Signal::TERM);
     thread::sleep(ms(7000));
     assert!(server.is_running(), "ended in the middle of a run");
-    notes.release();
-    ends_well(&mut server);
-    assert_eq!(notes.lines(), ["begin first", "end first", "begin second", "end second"]);
+    notes.ends_well(&mut server, &["begin first", "end first", "begin second", "end second"]);
 }
 
 /// An event that the debounce holds is run at once at the end, and without an event nothing is.
@@ -868,15 +878,12 @@ fn line_completed_in_the_grace_is_run() {
     let mut client = server.connect();
     client.send("comp");
     client.is_taken();
-    server.echo("first\n");
-    notes.wait_for("begin first");
+    notes.begin_first(&server);
     server.signal(Signal::TERM);
     server.refuses();
     client.send("leted\n");
     assert_eq!(client.rest(), b"completed\n");
-    notes.release();
-    ends_well(&mut server);
-    assert_eq!(notes.lines(), ["begin first", "end first", "begin completed", "end completed"]);
+    notes.ends_well(&mut server, &["begin first", "end first", "begin completed", "end completed"]);
 }
 
 /// The last run may fail: that is told before the end, which is with 0 all the same.
@@ -919,8 +926,7 @@ fn second_signal_is_passed_on_and_ends_it() {
         let notes = Notes::new();
         notes.hold();
         let mut server = notes.server(&POKED, TRAPS);
-        server.echo("first\n");
-        notes.wait_for("begin first");
+        notes.begin_first(&server);
         server.echo("second\n");
         server.signal(first);
         server.refuses();
@@ -956,16 +962,13 @@ fn doubled_signal_is_one() {
     let notes = Notes::new();
     notes.hold();
     let mut server = notes.server(&POKED, TRAPS);
-    server.echo("first\n");
-    notes.wait_for("begin first");
+    notes.begin_first(&server);
     server.signal(Signal::TERM);
     thread::sleep(ms(10));
     server.signal(Signal::TERM);
     thread::sleep(ms(500));
     assert!(server.is_running(), "ended in the middle of a run");
-    notes.release();
-    ends_well(&mut server);
-    assert_eq!(notes.lines(), ["begin first", "end first"]);
+    notes.ends_well(&mut server, &["begin first", "end first"]);
 }
 
 /// A command that ignores the second signal, or is stopped, does not hold up the server's end.
@@ -1100,8 +1103,7 @@ fn process_1_reaps_many_orphans_during_a_run() {
         echo "end $SMOLRX_EVENT" >> "$D/notes""#;
     File::create(notes.file("never")).unwrap();
     let Some((server, pid)) = as_process_1(&notes, "true", &POKED, &["sh", "-c", script]) else { return };
-    server.echo("first\n");
-    notes.wait_for("begin first");
+    notes.begin_first(&server);
     server.echo("second\n");
     eventually(PATIENCE, "only the run is left", || children(pid).len() == 1);
     thread::sleep(ms(200));
@@ -1122,16 +1124,13 @@ fn process_1_ends_well() {
         let script = format!("sleep 1000 > /dev/null 2>&1 &\n{HELD}");
         let command = ["sh", "-c", &script];
         let Some((mut server, pid)) = as_process_1(&notes, "true", &POKED, &command) else { return };
-        server.echo("first\n");
-        notes.wait_for("begin first");
+        notes.begin_first(&server);
         server.echo("second\n");
         kill(pid, signal);
         server.refuses();
         thread::sleep(ms(300));
         assert_eq!(notes.lines(), ["begin first"]);
-        notes.release();
-        ends_well(&mut server);
-        assert_eq!(notes.lines(), ["begin first", "end first", "begin second", "end second"]);
+        notes.ends_well(&mut server, &["begin first", "end first", "begin second", "end second"]);
     }
 }
 
@@ -1141,8 +1140,7 @@ fn process_1_ends_badly() {
     let notes = Notes::new();
     notes.hold();
     let Some((mut server, pid)) = as_process_1(&notes, "true", &POKED, &["sh", "-c", TRAPS]) else { return };
-    server.echo("first\n");
-    notes.wait_for("begin first");
+    notes.begin_first(&server);
     kill(pid, Signal::TERM);
     thread::sleep(ms(200));
     kill(pid, Signal::TERM);
@@ -1200,8 +1198,7 @@ fn other_childrens_ends_are_not_the_runs() {
     notes.hold();
     let setup = "(while [ -e \"$D/pid\" ] && [ ! -e \"$D/go\" ]; do sleep 0.02; done; exit 7) & true";
     let server = notes.server_after(setup, &POKED, HELD);
-    server.echo("first\n");
-    notes.wait_for("begin first");
+    notes.begin_first(&server);
     server.echo("second\n");
     assert_eq!(children(notes.pid()).len(), 2, "the inherited child and the run");
     File::create(notes.file("go")).unwrap();
@@ -1725,8 +1722,7 @@ fn stopped_command_has_not_ended() {
     let script = r#"echo $$ > "$D/command"; echo "begin $SMOLRX_EVENT" >> "$D/notes"
         if [ "$SMOLRX_EVENT" = first ]; then kill -STOP $$; fi; echo "end $SMOLRX_EVENT" >> "$D/notes""#;
     let server = notes.server(&POKED, script);
-    server.echo("first\n");
-    notes.wait_for("begin first");
+    notes.begin_first(&server);
     let stopped = || children(notes.pid()).values().eq(&['T']);
     eventually(PATIENCE, "it is stopped", stopped);
     server.echo("second\n");
@@ -1748,8 +1744,7 @@ fn command_in_a_session_of_its_own_is_the_run() {
         &POKED,
         &["sh", "-c", "exec setsid sh -c \"$0\"", TRAPS],
     )));
-    server.echo("first\n");
-    notes.wait_for("begin first");
+    notes.begin_first(&server);
     server.echo("second\n");
     thread::sleep(ms(200));
     assert_eq!(notes.lines(), ["begin first"]);

@@ -274,14 +274,20 @@ fn closed_stdout_ends_it_at_once() {
             let mut client = Client::connect(process.listening_address());
             client.send("fin");
             client.is_taken();
-            let closed = Instant::now();
-            drop(reader);
-            let exit = process.exited(PATIENCE);
-            assert!(closed.elapsed() < ms(2000), "{what}, {options:?}: after {:?}", closed.elapsed());
-            assert_eq!((exit.code, exit.signal), (Some(141), None), "{what}, {options:?}: {exit:?}");
-            assert_eq!(exit.stderr, [""; 0], "{what}, {options:?}");
+            ends_with_its_reader(&mut process, reader, &format!("{what}, {options:?}"));
         }
     }
+}
+
+/// When the reader of stdout goes, the server ends at once, as by SIGPIPE, and without a word.
+#[track_caller]
+fn ends_with_its_reader(process: &mut Process, reader: impl Sized, what: &str) {
+    let closed = Instant::now();
+    drop(reader);
+    let exit = process.exited(PATIENCE);
+    assert!(closed.elapsed() < ms(2000), "{what}: after {:?}", closed.elapsed());
+    assert_eq!((exit.code, exit.signal), (Some(141), None), "{what}: {exit:?}");
+    assert_eq!(exit.stderr, [""; 0], "{what}");
 }
 
 /// A stdout whose reader had gone before the start ends it in the same way; a terminal that hung up may also
@@ -322,12 +328,7 @@ fn stdout_closed_while_text_waits_ends_it() {
             refuses(address);
             assert!(process.is_running());
         }
-        let closed = Instant::now();
-        drop(reader);
-        let exit = process.exited(PATIENCE);
-        assert!(closed.elapsed() < ms(2000), "stopping {stopping}: after {:?}", closed.elapsed());
-        assert_eq!((exit.code, exit.signal), (Some(141), None), "stopping {stopping}: {exit:?}");
-        assert_eq!(exit.stderr, [""; 0], "stopping {stopping}");
+        ends_with_its_reader(&mut process, reader, &format!("stopping {stopping}"));
     }
 }
 
