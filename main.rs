@@ -58,7 +58,7 @@ compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 
 // ---------------------------------------------------------------- the program
 
-/// Keeps what it once had from the system. `.cargo/image.toml` leaves out musl's own allocator.
+/// What it takes from the system, it keeps. `.cargo/image.toml` leaves out musl's own allocator.
 #[global_allocator]
 static ALLOCATOR: SmallGlobalTlsf = SmallGlobalTlsf::new();
 
@@ -589,8 +589,8 @@ impl Server {
         }
         while command.pid.get().is_some() {
             // Where SIGCHLD was ignored, no signal says that it has ended.
-            let second = async { _ = Timer::after(Duration::from_secs(1)).await };
-            future::or(command.end.wait_until(&|| command.pid.get().is_none()), second).await;
+            let second = Duration::from_secs(1);
+            at_most(second, command.end.wait_until(&|| command.pid.get().is_none())).await;
             self.reap();
         }
         let status = command.status.take();
@@ -696,13 +696,12 @@ impl Server {
         drop(probes);
         // The backlog keeps those who are in it, and lets in newcomers one at a time.
         let _ = net::listen(&listener, 0);
-        let grace = Timer::after(GRACE);
         let drain = async {
             self.accept(&listener).await;
             drop(listener);
             self.departure.wait_until(&|| self.connected.get() == 0).await;
         };
-        future::or(drain, async { _ = grace.await }).await;
+        at_most(GRACE, drain).await;
         self.lines.on_completed();
     }
 
@@ -756,8 +755,7 @@ impl Server {
                 Err(error) => {
                     let connected = self.connected.get();
                     self.warn("accept", error);
-                    let pause = async { _ = Timer::after(BACK_OFF).await };
-                    future::or(self.departure.wait_until(&|| self.connected.get() < connected), pause).await;
+                    at_most(BACK_OFF, self.departure.wait_until(&|| self.connected.get() < connected)).await;
                 }
             }
         }
@@ -915,7 +913,7 @@ enum Failure {
 impl Connection<'_> {
     async fn run(&mut self) {
         // A failure is the client's affair: it may leave at any point.
-        if self.serve().await.is_ok() {
+        if let Ok(true) = self.serve().await {
             self.close().await;
         }
         if self.has_received {
@@ -923,8 +921,9 @@ impl Connection<'_> {
         }
     }
 
-    /// Receives lines and sends them back: one, or with `--keep-open` all that come.
-    async fn serve(&mut self) -> Result<(), Failure> {
+    /// Receives lines and sends them back: one, or with `--keep-open` all that come. Returns whether the
+    /// client may still be there, to take what is on its way.
+    async fn serve(&mut self) -> Result<bool, Failure> {
         let (server, options) = (self.server, &self.server.options);
         // What stands between the two copies of a text in the transcript, once there is one.
         let mut between = String::new();
@@ -978,8 +977,7 @@ impl Connection<'_> {
             }
         }
         self.echo().await?;
-        // Nobody is left to take what may still be on its way.
-        if has_ended || self.echo_failed { Err(Failure::Io) } else { Ok(()) }
+        Ok(!has_ended && !self.echo_failed)
     }
 
     /// Answers a browser, say, in its own words, behind the lines that are still to be echoed.
@@ -1194,9 +1192,6 @@ mod output {
     const HIGH_WATER_MARK: usize = 64 * 1024;
     /// What a thread reads at once, in bytes; longer lines may be torn.
     const COPIED_AT_ONCE: usize = 16 * 1024;
-    /// After so few bytes a thread lets more come for a millisecond: waking it for each client costs more
-    /// than copying the lines.
-    const FEW: usize = 512;
 
     /// Threads that have not written all yet.
     static WRITERS: AtomicI32 = AtomicI32::new(0);
@@ -1322,9 +1317,6 @@ mod output {
                 Err(error) if is_stdout => exit_with(Err(failure(&["write to stdout"], error)), 1),
                 _ => _ = text.drain(..end),
             }
-            if end < FEW {
-                pause();
-            }
         }
         WRITERS.fetch_sub(1, Relaxed);
         if is_stdout {
@@ -1333,18 +1325,13 @@ mod output {
                 if WRITERS.load(Relaxed) == 0 {
                     break;
                 }
-                pause();
+                let _ = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 }));
             }
             exit(STATUS.load(Relaxed))
         }
         loop {
             let _ = poll(&mut [], None);
         }
-    }
-
-    /// For a millisecond.
-    fn pause() {
-        let _ = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 }));
     }
 
     fn write_all(stream: BorrowedFd, mut text: &[u8]) -> Result<(), Errno> {
@@ -1546,6 +1533,12 @@ impl Waiters {
     fn wake_all(&self) {
         self.0.borrow_mut().drain(..).for_each(Waker::wake);
     }
+}
+
+/// Waits until a future is ready, but no longer than a limit.
+fn at_most(limit: Duration, future: impl Future<Output = ()>) -> impl Future<Output = ()> {
+    let timer = Timer::after(limit);
+    future::or(future, async { _ = timer.await })
 }
 
 /// How long after its deadline a task may be woken: one timer serves all. (A `Timer` for each wait would cost
