@@ -347,31 +347,40 @@ fn slow_taker_is_not_cut() {
 /// slept, and are more than it looks at in one go.
 #[test]
 fn lines_that_came_in_time_beat_the_timeout() {
-    const CLIENTS: usize = 1500;
-    raise_descriptor_limit();
     for keep_open in [false, true] {
-        let mut options = calm(&["--timeout", "6000", "--max-conns", "2000"]);
-        options.extend(keep_open.then_some("--keep-open"));
-        let mut server = Server::start(&options);
-        let before = server.descriptors();
-        server.suspend();
-        let mut clients: Vec<Client> = (0..CLIENTS).map(|_| server.connect()).collect();
-        clients.iter_mut().for_each(|client| client.send("in "));
-        let accepting = Instant::now();
-        server.wake();
-        eventually(PATIENCE, "all are accepted", || server.descriptors() == before + CLIENTS);
-        clients.last().unwrap().is_taken();
-        server.suspend();
-        if accepting.elapsed() > ms(5900) {
-            return skip("this machine is too slow to tell");
+        // On a busy machine it takes longer to connect them all.
+        if ![3000, 12_000, 48_000].into_iter().any(|timeout| lines_beat_the_timeout(keep_open, timeout)) {
+            skip("this machine is too slow to tell");
         }
-        clients.iter_mut().for_each(|client| client.send("time\n"));
-        thread::sleep(ms(6300));
-        server.wake();
-        let echoed = clients.iter_mut().map(|client| usize::from(client.gets("in time\n"))).sum::<usize>();
-        assert_eq!(echoed, CLIENTS, "of {CLIENTS} lines were echoed, keep-open {keep_open}");
-        assert_eq!(observed(&server.stop().stdout), ["in time"]);
     }
+}
+
+/// Returns false if the clients were not connected in time.
+fn lines_beat_the_timeout(keep_open: bool, timeout: u64) -> bool {
+    const CLIENTS: usize = 500; // more than have a turn at once
+    let timeout_text = timeout.to_string();
+    let mut options = calm(&["--timeout", &timeout_text]);
+    options.extend(keep_open.then_some("--keep-open"));
+    let mut server = Server::start(&options);
+    let before = server.descriptors();
+    server.suspend();
+    let mut clients: Vec<Client> = (0..CLIENTS).map(|_| server.connect()).collect();
+    clients.iter_mut().for_each(|client| client.send("in "));
+    let accepting = Instant::now();
+    server.wake();
+    eventually(PATIENCE, "all are accepted", || server.descriptors() == before + CLIENTS);
+    clients.last().unwrap().is_taken();
+    server.suspend();
+    if accepting.elapsed() > ms(timeout - 100) {
+        return false;
+    }
+    clients.iter_mut().for_each(|client| client.send("time\n"));
+    thread::sleep(ms(timeout + 300));
+    server.wake();
+    let echoed = clients.iter_mut().map(|client| usize::from(client.gets("in time\n"))).sum::<usize>();
+    assert_eq!(echoed, CLIENTS, "of {CLIENTS} lines were echoed, keep-open {keep_open}");
+    assert_eq!(observed(&server.stop().stdout), ["in time"]);
+    true
 }
 
 // --------------------------------------------------- a long echo, and what comes after
@@ -1283,7 +1292,7 @@ fn line_right_after_the_signal_is_echoed() {
                 thread::sleep(ms(pause));
                 let sent = client.0.write_all(b"foo\n");
                 // The machine may have taken the time.
-                if pause > 1 && signalled.elapsed() > ms(230) {
+                if signalled.elapsed() > ms(230) {
                     return false;
                 }
                 assert!(sent.is_ok() && client.until_closed() == b"foo\n", "{what}: not echoed");
