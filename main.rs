@@ -213,13 +213,12 @@ pub mod rx {
     //! Rx as futures-lite streams: the subject, and the operators that futures-lite lacks.
 
     use std::cell::Cell;
-    use std::future::Future;
-    use std::pin::Pin;
-    use std::task::{Context, Poll, ready};
+    use std::future::{Future, poll_fn};
+    use std::task::{Poll, ready};
     use std::time::{Duration, Instant};
 
+    use futures_lite::future;
     use futures_lite::stream::{self, Stream, StreamExt};
-    use pin_project_lite::pin_project;
     use smol::Timer;
 
     use super::Waiters;
@@ -328,15 +327,43 @@ pub mod rx {
         ///
         /// When the source ends, the item that is pending comes at once (RxPY's `debounce`). Rx has no
         /// `max_wait`; it is the `maxWait` of lodash's `debounce`.
-        fn debounce<S: Scheduler, R: FnMut(Self::Item, Self::Item) -> Self::Item>(
+        fn debounce<S: Scheduler>(
             self,
             scheduler: S,
             window: Duration,
             max_wait: Option<Duration>,
-            reduce: R,
-        ) -> Debounce<Self, S, R> {
-            let source = self.fuse();
-            Debounce { source, scheduler, window, max_wait, reduce, pending: None, timer: None }
+            reduce: impl FnMut(Self::Item, Self::Item) -> Self::Item,
+        ) -> impl Stream<Item = Self::Item> {
+            let state = (Box::pin(self.fuse()), reduce, None);
+            stream::unfold(state, move |(mut source, mut reduce, mut timer)| {
+                let scheduler = scheduler.clone();
+                async move {
+                    let mut item = source.next().await?;
+                    let deadline = max_wait.map(|wait| scheduler.now() + wait);
+                    loop {
+                        let due = scheduler.now() + window;
+                        let due = deadline.map_or(due, |deadline| deadline.min(due));
+                        // If this task is late (the process was stopped, say), the silence was over before
+                        // whatever comes now.
+                        let more = poll_fn(|cx| match due < scheduler.now() {
+                            true => Poll::Ready(None),
+                            false => source.poll_next(cx),
+                        });
+                        // The timer may be an earlier item's: a flood of items sets one timer a window.
+                        let silence = async {
+                            while scheduler.now() < due {
+                                timer.get_or_insert_with(|| scheduler.at(due)).await;
+                                timer = None;
+                            }
+                            None
+                        };
+                        match future::or(more, silence).await {
+                            Some(later) => item = reduce(item, later),
+                            None => return Some((item, (source, reduce, timer))),
+                        }
+                    }
+                }
+            })
         }
 
         /// As futures-lite's `then`, one future at a time; but the source goes on meanwhile, and `reduce`
@@ -349,133 +376,33 @@ pub mod rx {
         /// ```
         ///
         /// The source must be pending at times, or the futures get no turn.
-        fn then_latest<R, F, Fut>(self, reduce: R, f: F) -> ThenLatest<Self, R, F, Fut>
-        where
-            R: FnMut(Self::Item, Self::Item) -> Self::Item,
-            F: FnMut(Self::Item) -> Fut,
-            Fut: Future,
-        {
-            ThenLatest { source: self.fuse(), reduce, f, running: None, pending: None }
+        fn then_latest<Fut: Future>(
+            self,
+            reduce: impl FnMut(Self::Item, Self::Item) -> Self::Item,
+            f: impl FnMut(Self::Item) -> Fut,
+        ) -> impl Stream<Item = Fut::Output> {
+            let state = (Box::pin(self.fuse()), None, reduce, f);
+            stream::unfold(state, async |(mut source, mut pending, mut reduce, mut f)| {
+                let item = match pending.take() {
+                    Some(item) => item,
+                    None => source.next().await?,
+                };
+                let collect = async {
+                    while let Some(item) = source.next().await {
+                        pending = Some(match pending.take() {
+                            Some(earlier) => reduce(earlier, item),
+                            None => item,
+                        });
+                    }
+                    future::pending().await // the source has ended
+                };
+                let output = future::or(collect, f(item)).await;
+                Some((output, (source, pending, reduce, f)))
+            })
         }
     }
 
     impl<S: Stream> RxExt for S {}
-
-    pin_project! {
-        /// Stream for [`RxExt::debounce`].
-        #[must_use = "streams do nothing unless polled"]
-        pub struct Debounce<A: Stream, S: Scheduler, R> {
-            #[pin]
-            source: stream::Fuse<A>,
-            scheduler: S,
-            window: Duration,
-            max_wait: Option<Duration>,
-            reduce: R,
-            pending: Option<Pending<A::Item>>,
-            // Set for an instant at which an item was due, the pending one or another that it has
-            // replaced since: a flood of items sets one timer a window.
-            timer: Option<S::Timer>,
-        }
-    }
-
-    /// What a burst has come to.
-    struct Pending<T> {
-        item: T,
-        /// When it is emitted, unless more comes.
-        due: Instant,
-        /// When it is emitted in any case: `max_wait` after the first item of the burst.
-        deadline: Option<Instant>,
-    }
-
-    impl<A: Stream, S: Scheduler, R: FnMut(A::Item, A::Item) -> A::Item> Stream for Debounce<A, S, R> {
-        type Item = A::Item;
-
-        fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<A::Item>> {
-            let mut this = self.project();
-            loop {
-                let now = this.scheduler.now();
-                // Late (the process was stopped, say): its silence was over before whatever comes now.
-                if let Some(pending) = this.pending.take_if(|pending| pending.due < now) {
-                    return Poll::Ready(Some(pending.item));
-                }
-                match this.source.as_mut().poll_next(cx) {
-                    Poll::Ready(Some(item)) => {
-                        let (item, deadline) = match this.pending.take() {
-                            Some(pending) => ((this.reduce)(pending.item, item), pending.deadline),
-                            None => (item, this.max_wait.map(|wait| now + wait)),
-                        };
-                        let due = now + *this.window;
-                        let due = deadline.map_or(due, |deadline| deadline.min(due));
-                        *this.pending = Some(Pending { item, due, deadline });
-                    }
-                    Poll::Ready(None) => return Poll::Ready(this.pending.take().map(|pending| pending.item)),
-                    Poll::Pending => break,
-                }
-            }
-            while let Some(Pending { due, .. }) = this.pending {
-                let timer = this.timer.get_or_insert_with(|| this.scheduler.at(*due));
-                ready!(Pin::new(timer).poll(cx));
-                *this.timer = None;
-                if *due <= this.scheduler.now() {
-                    return Poll::Ready(this.pending.take().map(|pending| pending.item));
-                }
-            }
-            Poll::Pending
-        }
-    }
-
-    pin_project! {
-        /// Stream for [`RxExt::then_latest`].
-        #[must_use = "streams do nothing unless polled"]
-        pub struct ThenLatest<A: Stream, R, F, Fut> {
-            #[pin]
-            source: stream::Fuse<A>,
-            reduce: R,
-            f: F,
-            #[pin]
-            running: Option<Fut>,
-            pending: Option<A::Item>,
-        }
-    }
-
-    impl<A, R, F, Fut> Stream for ThenLatest<A, R, F, Fut>
-    where
-        A: Stream,
-        R: FnMut(A::Item, A::Item) -> A::Item,
-        F: FnMut(A::Item) -> Fut,
-        Fut: Future,
-    {
-        type Item = Fut::Output;
-
-        fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Fut::Output>> {
-            let mut this = self.project();
-            loop {
-                // The source goes first at a tie.
-                let ended = loop {
-                    match this.source.as_mut().poll_next(cx) {
-                        Poll::Ready(Some(item)) => {
-                            *this.pending = Some(match this.pending.take() {
-                                Some(earlier) => (this.reduce)(earlier, item),
-                                None => item,
-                            });
-                        }
-                        Poll::Ready(None) => break true,
-                        Poll::Pending => break false,
-                    }
-                };
-                if let Some(future) = this.running.as_mut().as_pin_mut() {
-                    let output = ready!(future.poll(cx));
-                    this.running.set(None);
-                    return Poll::Ready(Some(output));
-                }
-                match this.pending.take() {
-                    Some(item) => this.running.set(Some((this.f)(item))),
-                    None if ended => return Poll::Ready(None),
-                    None => return Poll::Pending,
-                }
-            }
-        }
-    }
 }
 
 // ---------------------------------------------------------------- the command
