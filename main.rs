@@ -19,7 +19,7 @@ use std::ffi::{CStr, OsString};
 use std::future::{Future, poll_fn};
 use std::io;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::pin::pin;
@@ -43,7 +43,7 @@ use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAdd
 use rustix::net::{SocketFlags, SocketType};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, WaitStatus};
-use rustix::process::{getpid, getrlimit, kill_process, setrlimit, wait, waitpid};
+use rustix::process::{getpid, getrlimit, kill_process, setrlimit, wait};
 use rustix::stdio::{stderr, stdout};
 // libc's `_exit`: the end of the process, and nothing else.
 use signal_hook::low_level::exit;
@@ -86,12 +86,13 @@ fn main() -> ! {
     exit_with(outcome, 1)
 }
 
+/// How long a stderr that nobody reads may hold up the end.
+const MOMENT: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
 /// Ends the process: with 0, or after an error message with `status_if_failed`.
 fn exit_with(outcome: Result<(), String>, status_if_failed: i32) -> ! {
     if let Err(message) = outcome {
-        // A stderr that nobody reads holds up no end.
-        let moment = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
-        if let Ok(1..) = poll(&mut [PollFd::new(&stderr(), PollFlags::OUT)], Some(&moment)) {
+        if let Ok(1..) = poll(&mut [PollFd::new(&stderr(), PollFlags::OUT)], Some(&MOMENT)) {
             let _ = rustix::io::write(stderr(), ["smolrx: ", &message, "\n"].concat().as_bytes());
         }
         exit(status_if_failed)
@@ -213,11 +214,11 @@ pub mod rx {
     //! Rx as futures-lite streams: the subject, and the operators that futures-lite lacks.
 
     use std::cell::Cell;
-    use std::future::{Future, poll_fn};
+    use std::future::Future;
+    use std::pin::Pin;
     use std::task::{Poll, ready};
     use std::time::{Duration, Instant};
 
-    use futures_lite::future;
     use futures_lite::stream::{self, Stream, StreamExt};
     use smol::Timer;
 
@@ -334,35 +335,40 @@ pub mod rx {
             max_wait: Option<Duration>,
             reduce: impl FnMut(Self::Item, Self::Item) -> Self::Item,
         ) -> impl Stream<Item = Self::Item> {
-            let state = (Box::pin(self.fuse()), reduce, None);
-            stream::unfold(state, move |(mut source, mut reduce, mut timer)| {
-                let scheduler = scheduler.clone();
-                async move {
-                    let mut item = source.next().await?;
-                    let deadline = max_wait.map(|wait| scheduler.now() + wait);
-                    loop {
-                        let due = scheduler.now() + window;
-                        let due = deadline.map_or(due, |deadline| deadline.min(due));
-                        // If this task is late (the process was stopped, say), the silence was over before
-                        // whatever comes now.
-                        let more = poll_fn(|cx| match due < scheduler.now() {
-                            true => Poll::Ready(None),
-                            false => source.poll_next(cx),
-                        });
-                        // The timer may be an earlier item's: a flood of items sets one timer a window.
-                        let silence = async {
-                            while scheduler.now() < due {
-                                timer.get_or_insert_with(|| scheduler.at(due)).await;
-                                timer = None;
-                            }
-                            None
-                        };
-                        match future::or(more, silence).await {
-                            Some(later) => item = reduce(item, later),
-                            None => return Some((item, (source, reduce, timer))),
+            // The item of a burst, when it is due, and when it is due at the latest.
+            let mut pending: Option<(Self::Item, Instant, Option<Instant>)> = None;
+            let (mut source, mut reduce, mut timer) = (Box::pin(self.fuse()), reduce, None);
+            stream::poll_fn(move |cx| {
+                loop {
+                    let now = scheduler.now();
+                    // Late (the process was stopped, say): its silence was over before whatever comes now.
+                    if let Some((item, ..)) = pending.take_if(|(_, due, _)| *due < now) {
+                        return Poll::Ready(Some(item));
+                    }
+                    match source.poll_next(cx) {
+                        Poll::Ready(Some(item)) => {
+                            let (item, deadline) = match pending.take() {
+                                Some((earlier, _, deadline)) => (reduce(earlier, item), deadline),
+                                None => (item, max_wait.map(|wait| now + wait)),
+                            };
+                            let due = now + window;
+                            let due = deadline.map_or(due, |deadline| deadline.min(due));
+                            pending = Some((item, due, deadline));
                         }
+                        Poll::Ready(None) => return Poll::Ready(pending.take().map(|(item, ..)| item)),
+                        Poll::Pending => break,
                     }
                 }
+                while let Some((_, due, _)) = pending {
+                    // It may be for an earlier item: a flood of items sets one timer a window.
+                    let silence = timer.get_or_insert_with(|| scheduler.at(due));
+                    ready!(Pin::new(silence).poll(cx));
+                    timer = None;
+                    if due <= scheduler.now() {
+                        return Poll::Ready(pending.take().map(|(item, ..)| item));
+                    }
+                }
+                Poll::Pending
             })
         }
 
@@ -381,23 +387,34 @@ pub mod rx {
             reduce: impl FnMut(Self::Item, Self::Item) -> Self::Item,
             f: impl FnMut(Self::Item) -> Fut,
         ) -> impl Stream<Item = Fut::Output> {
-            let state = (Box::pin(self.fuse()), None, reduce, f);
-            stream::unfold(state, async |(mut source, mut pending, mut reduce, mut f)| {
-                let item = match pending.take() {
-                    Some(item) => item,
-                    None => source.next().await?,
-                };
-                let collect = async {
-                    while let Some(item) = source.next().await {
-                        pending = Some(match pending.take() {
-                            Some(earlier) => reduce(earlier, item),
-                            None => item,
-                        });
+            let (mut source, mut reduce, mut f) = (Box::pin(self.fuse()), reduce, f);
+            let (mut running, mut pending): (Option<Pin<Box<Fut>>>, _) = (None, None);
+            stream::poll_fn(move |cx| {
+                loop {
+                    // The source goes first at a tie.
+                    let ended = loop {
+                        match source.poll_next(cx) {
+                            Poll::Ready(Some(item)) => {
+                                pending = Some(match pending.take() {
+                                    Some(earlier) => reduce(earlier, item),
+                                    None => item,
+                                });
+                            }
+                            Poll::Ready(None) => break true,
+                            Poll::Pending => break false,
+                        }
+                    };
+                    if let Some(future) = &mut running {
+                        let output = ready!(future.as_mut().poll(cx));
+                        running = None;
+                        return Poll::Ready(Some(output));
                     }
-                    future::pending().await // the source has ended
-                };
-                let output = future::or(collect, f(item)).await;
-                Some((output, (source, pending, reduce, f)))
+                    match pending.take() {
+                        Some(item) => running = Some(Box::pin(f(item))),
+                        None if ended => return Poll::Ready(None),
+                        None => return Poll::Pending,
+                    }
+                }
             })
         }
     }
@@ -533,17 +550,15 @@ impl Server {
     /// behind.
     fn reap(&self) {
         let run = self.command.as_ref().and_then(|command| Some((command, command.pid.get()?)));
-        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-            if let Some((command, _)) = run.filter(|(_, of_run)| *of_run == pid) {
-                command.ended(Some(status));
-            }
-        }
-        // Where SIGCHLD was ignored, the run is gone, and nobody knows how it ended.
-        if let Some((command, pid)) = run {
-            match waitpid(Some(pid), WaitOptions::NOHANG) {
-                Ok(None) => {}
-                Ok(Some((_, status))) => command.ended(Some(status)),
-                Err(_) => command.ended(None),
+        loop {
+            match (wait(WaitOptions::NOHANG), run) {
+                (Ok(Some((pid, status))), Some((command, of_run))) if pid == of_run => {
+                    command.ended(Some(status))
+                }
+                (Ok(Some(_)), _) => {}
+                // Where SIGCHLD was ignored, the run is gone, and nobody knows how it ended.
+                (Err(Errno::CHILD), Some((command, _))) => return command.ended(None),
+                _ => return,
             }
         }
     }
@@ -570,6 +585,7 @@ const SAME_SIGNAL: Duration = Duration::from_millis(100);
 const SEND_BUFFER: usize = 128 * 1024;
 
 /// What all tasks share. They run on one thread, so cells do where locks would cost.
+#[derive(Default)]
 pub struct Server {
     options: Options,
     command: Option<Command>,
@@ -593,20 +609,7 @@ pub struct Server {
 
 impl Server {
     pub fn new(options: Options) -> Server {
-        Server {
-            options,
-            command: None,
-            executor: StaticLocalExecutor::new(),
-            lines: Subject::default(),
-            stdout: Output::default(),
-            stderr: Output::default(),
-            connected: Cell::default(),
-            departure: Waiters::default(),
-            stopped: Cell::default(),
-            stop: Waiters::default(),
-            deadlines: Deadlines::default(),
-            next_warning: Cell::default(),
-        }
+        Server { options, ..Server::default() }
     }
 
     /// Starts a task. Boxed, all are of one type: else the executor's code would be there once for each (4
@@ -807,6 +810,9 @@ const CHUNK: usize = 2048;
 /// may close behind it without lingering.
 const LEAVES_AT_ONCE: usize = 512;
 
+const HTTP_ANSWER: &[u8] =
+    b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nsend a line, for example by nc\n";
+
 /// One client's conversation.
 struct Connection<'a> {
     server: &'static Server,
@@ -867,7 +873,13 @@ impl Connection<'_> {
                 // The grace is over: what is not echoed has not been received.
                 Line::Whole(_) if server.lines.is_completed() => return Err(Failure::TimeIsOver),
                 Line::Whole(length) if is_http_request(&rest[..length]) => {
-                    self.refuse_http();
+                    // A browser, say, is answered in its own words.
+                    let who = address_text(*self.peer);
+                    server.print_error(&[&who, " sent HTTP; send a line, for example by nc"]);
+                    self.echo().await?;
+                    self.buffer = [HTTP_ANSWER, &self.buffer].concat();
+                    self.to_echo = HTTP_ANSWER.len();
+                    self.bytes_answered += self.to_echo;
                     break;
                 }
                 Line::Whole(length) => {
@@ -905,18 +917,6 @@ impl Connection<'_> {
         }
         self.echo().await?;
         Ok(!has_ended && !self.echo_failed)
-    }
-
-    /// Answers a browser, say, in its own words, behind the lines that are still to be echoed.
-    fn refuse_http(&mut self) {
-        const ANSWER: &[u8] =
-            b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nsend a line, for example by nc\n";
-        self.server.print_error(&[&address_text(*self.peer), " sent HTTP; send a line, for example by nc"]);
-        let rest = self.buffer.split_off(self.to_echo);
-        self.buffer.extend_from_slice(ANSWER);
-        self.buffer.extend_from_slice(&rest);
-        self.to_echo += ANSWER.len();
-        self.bytes_answered += ANSWER.len();
     }
 
     /// Reads a chunk at most, and returns its length; 0 if the client has ended.
@@ -982,32 +982,34 @@ impl Connection<'_> {
                 Err(Errno::AGAIN | Errno::INTR) => return Err(Failure::TimeIsOver),
                 Err(_) => return Err(Failure::Io),
             }
-            let start = *start.get_or_insert_with(Instant::now);
-            in_time = match poll_fn(|cx| self.poll_client(cx, start)).await {
-                Ok(in_time) => in_time,
-                Err(error) => {
-                    self.server.warn("wait for a client", errno(error));
-                    let end = Instant::now() + BACK_OFF;
-                    poll_fn(|cx| self.server.deadlines.poll(cx, self.socket, end)).await;
-                    end < self.deadline(start)
-                }
-            };
+            in_time = poll_fn(|cx| self.poll_client(cx, &mut start)).await;
             self.is_readable = true; // maybe: the next attempt finds out
         }
     }
 
-    /// Waits until the client moves (true) or its time is over (false). As a function of its own, this costs
-    /// an idle connection 550 bytes less than `future::or` of two async blocks.
-    fn poll_client(&mut self, cx: &mut Context<'_>, start: Instant) -> Poll<io::Result<bool>> {
+    /// Waits until the client moves (true) or its time is over (false); `start` is when it is first polled. As a
+    /// function of its own, this costs an idle connection 550 bytes less than `future::or` of two async blocks.
+    fn poll_client(&mut self, cx: &mut Context<'_>, start: &mut Option<Instant>) -> Poll<bool> {
+        let now = Instant::now();
+        let mut due = self.deadline(*start.get_or_insert(now));
+        match self.poll_socket(cx) {
+            Poll::Ready(Ok(())) => return Poll::Ready(true),
+            // The kernel lacked something: this is polled again soon.
+            Poll::Ready(Err(error)) => {
+                self.server.warn("wait for a client", errno(error));
+                due = due.min(now + BACK_OFF);
+            }
+            Poll::Pending => {}
+        }
+        self.server.deadlines.poll(cx, self.socket, due).map(|()| false)
+    }
+
+    fn poll_socket(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let io = match &self.io {
             Some(io) => io,
             None => self.io.insert(Async::new_nonblocking(self.socket.as_fd())?),
         };
-        let moved = if self.echoed < self.to_echo { io.poll_writable(cx) } else { io.poll_readable(cx) };
-        if moved.is_ready() {
-            return moved.map_ok(|()| true);
-        }
-        self.server.deadlines.poll(cx, self.socket, self.deadline(start)).map(|()| Ok(false))
+        if self.echoed < self.to_echo { io.poll_writable(cx) } else { io.poll_readable(cx) }
     }
 
     /// When a wait that began at `start` is over: after the timeout or, once the server stops, after the
@@ -1029,12 +1031,10 @@ impl Connection<'_> {
     fn try_read(&mut self) -> Result<usize, Errno> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let bytes = self.read_chunk(&mut chunk)?;
-        let (length, room) = (self.buffer.len() + bytes.len(), self.buffer.capacity());
-        if length > room {
-            // By doubling, so that there are few sizes, but to no more than it can hold.
-            let most = self.server.options.max_line + CHUNK;
-            self.buffer.reserve_exact(length.next_power_of_two().min(most) - self.buffer.len());
-        }
+        // The buffer grows by doubling, so that there are few sizes, but to no more than it can hold.
+        let length = self.buffer.len() + bytes.len();
+        let capacity = length.next_power_of_two().min(self.server.options.max_line + CHUNK);
+        self.buffer.reserve_exact(capacity - self.buffer.len());
         self.buffer.extend_from_slice(bytes);
         Ok(bytes.len())
     }
@@ -1106,14 +1106,14 @@ mod output {
     use std::thread;
 
     use rustix::buffer::spare_capacity;
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::event::{PollFd, PollFlags, poll};
     use rustix::io::{Errno, read, write};
     use rustix::pipe::{PIPE_BUF, PipeFlags, pipe_with};
     use rustix::stdio::stdout;
     use smol::Async;
 
     use super::text::failure;
-    use super::{Waiters, exit, exit_with};
+    use super::{MOMENT, Waiters, exit, exit_with};
 
     /// Bytes of text from which on its producers have to wait.
     const HIGH_WATER_MARK: usize = 64 * 1024;
@@ -1245,20 +1245,13 @@ mod output {
                 _ => _ = text.drain(..end),
             }
         }
-        WRITERS.fetch_sub(1, Relaxed);
-        if is_stdout {
-            // What is left for stderr gets a moment: if nobody reads it, it holds up no end.
-            for _ in 0..100 {
-                if WRITERS.load(Relaxed) == 0 {
-                    break;
-                }
-                let _ = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 1_000_000 }));
-            }
-            exit(STATUS.load(Relaxed))
+        // The last thread ends the process; stdout's waits a moment for that of stderr.
+        let mut is_last = WRITERS.fetch_sub(1, Relaxed) == 1;
+        while !is_last {
+            let _ = poll(&mut [], is_stdout.then_some(&MOMENT));
+            is_last = is_stdout;
         }
-        loop {
-            let _ = poll(&mut [], None);
-        }
+        exit(STATUS.load(Relaxed))
     }
 
     fn write_all(stream: BorrowedFd, mut text: &[u8]) -> Result<(), Errno> {
@@ -1581,42 +1574,66 @@ pub struct Options {
     command: Vec<u8>,
 }
 
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8888)),
+            interval: Some(Duration::from_secs(60)),
+            debounce: Duration::ZERO,
+            max_wait: None,
+            keep_open: false,
+            max_conns: 512,
+            max_line: 2048,
+            timeout: Duration::from_secs(60),
+            quiet: false,
+            command: Vec::new(),
+        }
+    }
+}
+
 impl Invocation {
     /// The error names the option, and the value as it was typed.
     pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Invocation, String> {
-        const MILLISECONDS: &str = "a whole number of milliseconds from ";
-        let (mut bind, mut port, mut keep_open, mut quiet, mut health) = (None, None, false, false, false);
-        let (mut interval, mut debounce, mut max_wait, mut timeout) = (60_000, None, None, 60_000);
-        let (mut max_conns, mut max_line, mut command, mut print) = (512, 2048, Vec::new(), None);
+        let mut options = Options::default();
+        let (mut debounce, mut health, mut is_named, mut print) = (None, false, false, None);
         let mut args = Arguments { rest: args, name: String::new(), value: None };
         while args.advance() {
             match &*args.name {
-                "--tcp-port" => port = Some(args.number("a whole number from ", 0, 65_535)? as u16),
-                "--interval" => {
-                    interval = args.number("0 or a whole number of milliseconds from ", 10, u32::MAX)?
+                "--tcp-port" => {
+                    options.address.set_port(args.number("a whole number from ", 0, 65_535)? as u16);
+                    is_named = true;
                 }
-                "--debounce" => debounce = Some(args.number(MILLISECONDS, 1, u32::MAX)?),
-                "--max-wait" => max_wait = Some(args.number(MILLISECONDS, 1, u32::MAX)?),
-                "--timeout" => timeout = args.number(MILLISECONDS, 1, u32::MAX)?,
-                "--max-conns" => max_conns = args.number("a whole number from ", 1, u32::MAX)?,
-                "--max-line" => max_line = args.number("a whole number of bytes from ", 1, u32::MAX - 1)?,
                 "--bind" => {
                     let typed = args.value()?;
-                    let ip =
-                        typed.strip_prefix('[').and_then(|ip| ip.strip_suffix(']')).unwrap_or(&typed).parse();
-                    bind = Some(ip.map_err(|_| args.invalid_value("an IPv4 or IPv6 address", &typed))?);
+                    let ip = typed.strip_prefix('[').and_then(|ip| ip.strip_suffix(']')).unwrap_or(&typed);
+                    let ip = ip.parse().map_err(|_| args.invalid_value("an IPv4 or IPv6 address", &typed))?;
+                    options.address.set_ip(ip);
+                    is_named = true;
                 }
-                "--keep-open" => keep_open = true,
-                "-q" | "--quiet" => quiet = true,
+                "--interval" => {
+                    let period = args.number("0 or a whole number of milliseconds from ", 10, u32::MAX)?;
+                    options.interval = (period > 0).then(|| Duration::from_millis(period.into()));
+                }
+                "--debounce" => debounce = Some(args.milliseconds()?),
+                "--max-wait" => options.max_wait = Some(args.milliseconds()?),
+                "--timeout" => options.timeout = args.milliseconds()?,
+                "--max-conns" => {
+                    options.max_conns = args.number("a whole number from ", 1, u32::MAX)? as usize
+                }
+                "--max-line" => {
+                    options.max_line = args.number("a whole number of bytes from ", 1, u32::MAX - 1)? as usize
+                }
+                "--keep-open" => options.keep_open = true,
+                "-q" | "--quiet" => options.quiet = true,
                 "--health" => health = true,
                 "-h" | "--help" => print = Some(HELP),
                 "-V" | "--version" => print = Some(concat!("smolrx ", env!("CARGO_PKG_VERSION"), "\n")),
                 "--" => {
                     for arg in args.rest.by_ref() {
-                        command.extend(arg.into_vec());
-                        command.push(0);
+                        options.command.extend(arg.into_vec());
+                        options.command.push(0);
                     }
-                    if command.is_empty() {
+                    if options.command.is_empty() {
                         return Err(String::from("no command follows '--'"));
                     }
                 }
@@ -1629,26 +1646,13 @@ impl Invocation {
                 return Ok(Invocation::Print(text));
             }
         }
-        let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-        let address = SocketAddr::new(bind.unwrap_or(any), port.unwrap_or(8888));
         if health {
-            let is_named = bind.is_some() || port.is_some();
-            let name = if is_named { decimal(address.port().into()) } else { String::new() };
-            return Ok(Invocation::Health(address, name));
+            let name = if is_named { decimal(options.address.port().into()) } else { String::new() };
+            return Ok(Invocation::Health(options.address, name));
         }
-        let milliseconds = |number: u32| Duration::from_millis(number.into());
-        Ok(Invocation::Serve(Options {
-            address,
-            interval: (interval > 0).then(|| milliseconds(interval)),
-            debounce: milliseconds(debounce.unwrap_or(if interval > 0 { interval / 10 } else { 1000 })),
-            max_wait: max_wait.map(milliseconds),
-            keep_open,
-            max_conns: max_conns as usize,
-            max_line: max_line as usize,
-            timeout: milliseconds(timeout),
-            quiet,
-            command,
-        }))
+        let tenth = options.interval.map_or(Duration::from_secs(1), |interval| interval / 10);
+        options.debounce = debounce.unwrap_or(tenth);
+        Ok(Invocation::Serve(options))
     }
 }
 
@@ -1690,6 +1694,11 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
                 Err(self.invalid_value(&description, &typed))
             }
         }
+    }
+
+    fn milliseconds(&mut self) -> Result<Duration, String> {
+        let number = self.number("a whole number of milliseconds from ", 1, u32::MAX)?;
+        Ok(Duration::from_millis(number.into()))
     }
 
     fn invalid_value(&self, description: &str, typed: &str) -> String {
@@ -1788,10 +1797,6 @@ fn connect_and_read(address: SocketAddr) -> Result<usize, Errno> {
     let address = SocketAddrAny::from(address);
     let socket = socket_with_timeout(address.address_family(), SocketType::STREAM)?;
     net::connect(&socket, &address)?;
-    // A TCP self-connect: where nobody listens on the port, the kernel may choose it as our own.
-    if net::getsockname(&socket)? == net::getpeername(&socket)?.ok_or(Errno::NOTCONN)? {
-        return Err(Errno::CONNREFUSED);
-    }
     net::shutdown(&socket, Shutdown::Write)?;
     rustix::io::read(&socket, &mut [0])
 }
