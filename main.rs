@@ -857,7 +857,7 @@ impl Connection<'_> {
     /// Receives lines and sends them back: one, or with `--keep-open` all that come. Returns whether the
     /// client may still be there, to take what is on its way.
     async fn serve(&mut self) -> Result<bool, Failure> {
-        let (server, options) = (self.server, &self.server.options);
+        let server = self.server;
         // What stands between the two copies of a text in the transcript, once there is one.
         let mut between = String::new();
         // Bytes of the unfinished line that hold no newline.
@@ -865,7 +865,7 @@ impl Connection<'_> {
         let mut has_ended = false;
         loop {
             let rest = &self.buffer[self.to_echo..];
-            match first_line(rest, searched, has_ended && !self.echo_failed, options.max_line) {
+            match first_line(rest, searched, has_ended && !self.echo_failed, server.options.max_line) {
                 Line::Whole(_) if !server.stdout.is_ready() => {
                     self.echo().await?;
                     server.stdout.ready().await;
@@ -892,7 +892,7 @@ impl Connection<'_> {
                     (self.has_received, searched) = (true, 0);
                     self.to_echo += length;
                     self.bytes_answered += length;
-                    if !options.keep_open {
+                    if !server.options.keep_open {
                         break;
                     }
                 }
@@ -907,7 +907,7 @@ impl Connection<'_> {
                     }
                 }
                 Line::TooLong => {
-                    let (peer, longest) = (address_text(*self.peer), decimal(options.max_line as u64));
+                    let (peer, longest) = (address_text(*self.peer), decimal(server.options.max_line as u64));
                     let message =
                         ["line from ", &peer, " is longer than ", &longest, " bytes; --max-line allows more"];
                     server.print_error(&message);
