@@ -9,7 +9,7 @@
 //! the command, the server, a connection, the output; then what every program has: text, waiting, options,
 //! the health check. What is `pub` is for the tests, which include this file as a module.
 //!
-//! Text is put together by `concat` and never by `format!`, whose machinery is 3 kB.
+//! Text is put together by `concat` and never by `format!`, which costs 3 kB.
 
 #![forbid(unsafe_code)]
 
@@ -43,7 +43,7 @@ use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAdd
 use rustix::net::{SocketFlags, SocketType};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, WaitStatus};
-use rustix::process::{getpid, getrlimit, kill_process, setrlimit, wait};
+use rustix::process::{getpid, getrlimit, kill_process, setrlimit, wait, waitpid};
 use rustix::stdio::{stderr, stdout};
 // libc's `_exit`: the end of the process, and nothing else.
 use signal_hook::low_level::exit;
@@ -51,19 +51,19 @@ use smol::{Async, Timer};
 
 use output::Output;
 use rx::{Realtime, RxExt, Subject, timer};
-use text::{address_text, decimal, errno, error_text, excerpt, failure, text_of};
+use text::{address_text, cannot, decimal, errno, error_text, excerpt, text_of};
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 
 // ---------------------------------------------------------------- the program
 
-/// What it takes from the system, it keeps. `.cargo/image.toml` leaves out musl's own allocator.
+/// It never gives memory back to the system. `.cargo/image.toml` leaves out musl's own allocator.
 #[global_allocator]
 static ALLOCATOR: SmallGlobalTlsf = SmallGlobalTlsf::new();
 
 fn main() -> ! {
-    // First of all: until it is blocked, a signal to process 1 is lost.
+    // This comes first: until signals are blocked, one that is sent to process 1 is lost.
     let signals = Signals::block();
     let mut args = env::args_os();
     args.next(); // its own name
@@ -78,7 +78,7 @@ fn main() -> ! {
             match rustix::io::write(stdout(), text.as_bytes()) {
                 // Whoever closes a pipe has read enough.
                 Ok(_) | Err(Errno::PIPE) => Ok(()),
-                Err(error) => Err(failure(&["write to stdout"], error)),
+                Err(error) => Err(cannot(&["write to stdout"], error)),
             }
         }
         Err(message) => exit_with(Err(message + "; see smolrx --help"), 2),
@@ -110,9 +110,9 @@ fn serve(options: Options, signals: Signals) -> Result<(), String> {
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     let requested = options.address;
     let listener =
-        listen(requested).map_err(|error| failure(&["listen on ", &address_text(requested)], error))?;
+        listen(requested).map_err(|error| cannot(&["listen on ", &address_text(requested)], error))?;
     let bound = net::getsockname(&listener).ok().and_then(|bound| bound.try_into().ok()).unwrap_or(requested);
-    let signal_source = signals.source().map_err(|error| failure(&["wait for signals"], errno(error)))?;
+    let signal_source = signals.source().map_err(|error| cannot(&["wait for signals"], errno(error)))?;
 
     // Tasks borrow the server for as long as the process lives.
     let mut server = Box::new(Server::new(options));
@@ -120,11 +120,11 @@ fn serve(options: Options, signals: Signals) -> Result<(), String> {
     let server = Box::leak(server);
     if !args.is_empty() {
         let command = Command::new(args, signals.original_mask, limit);
-        server.command = Some(command.map_err(|error| failure(&["read /proc/self/environ"], error))?);
+        server.command = Some(command.map_err(|error| cannot(&["read /proc/self/environ"], error))?);
     }
     let server: &'static Server = server;
     for (output, stream) in [(&server.stdout, stdout()), (&server.stderr, stderr())] {
-        let task = output.connect(stream).map_err(|error| failure(&["make a pipe for output"], error))?;
+        let task = output.connect(stream).map_err(|error| cannot(&["make a pipe for output"], error))?;
         server.spawn(task).detach();
     }
     server.log(&["Serving on ", &address_text(bound)]);
@@ -199,8 +199,8 @@ impl Server {
         }
     }
 
-    /// Receives nothing more, and ends the process once all is written; with the first status that it is
-    /// given.
+    /// Takes no more lines, and ends the process once all output is written. The status of the first call
+    /// counts.
     fn finish(&self, status: i32) {
         self.lines.on_completed();
         self.stdout.close(status);
@@ -230,7 +230,7 @@ pub mod rx {
 
         fn now(&self) -> Instant;
 
-        /// A future that is ready from then on.
+        /// A future that is ready once `due` has come.
         fn at(&self, due: Instant) -> Self::Timer;
     }
 
@@ -250,9 +250,8 @@ pub mod rx {
         }
     }
 
-    /// Rx's subject, hot, as this program needs it: many call `on_next`, one observes. Rx's calls its
-    /// observer at once; here the observer is a task that runs later, and finds the latest item alone: of
-    /// those that come in one turn of the executor, a debounce would drop the others anyway.
+    /// A hot subject with one observer. Rx's calls its observer at once; here that is a task which runs later
+    /// and finds only the latest item: debounce would drop the others of the same turn anyway.
     #[derive(Default)]
     pub struct Subject<T> {
         latest: Cell<Option<T>>,
@@ -308,17 +307,17 @@ pub mod rx {
         })
     }
 
-    /// The operators of Rx that futures-lite lacks. One that a setting turns off has a "none", as `max_wait`
-    /// has. The smallest needs no type of its own:
+    /// The operators of Rx that futures-lite lacks. One that an option can turn off takes an `Option`, as
+    /// `max_wait`. The smallest is one line:
     ///
     /// ```text
-    /// fn sample(self, n: usize) -> impl Stream<Item = Self::Item> {
-    ///     self.enumerate().filter(move |(index, _)| index % n == 0).map(|(_, item)| item)
+    /// fn start_with(self, item: Self::Item) -> impl Stream<Item = Self::Item> {
+    ///     stream::once(item).chain(self)
     /// }
     /// ```
     pub trait RxExt: Stream + Sized {
         /// Emits what `reduce` makes of a burst once a `window` of silence follows it, or once it has lasted
-        /// for `max_wait`. Rx's own `reduce` is `|_, later| later`:
+        /// for `max_wait`. Rx's own keeps the last item: `|_, later| later`:
         ///
         /// ```text
         /// source              1-2---3-4-5-6-7----|
@@ -341,7 +340,8 @@ pub mod rx {
             stream::poll_fn(move |cx| {
                 loop {
                     let now = scheduler.now();
-                    // Late (the process was stopped, say): its silence was over before whatever comes now.
+                    // Overdue (the process was stopped, say): its silence ended before whatever comes now.
+                    // At a tie the source goes first.
                     if let Some((item, ..)) = pending.take_if(|(_, due, _)| *due < now) {
                         return Poll::Ready(Some(item));
                     }
@@ -360,9 +360,8 @@ pub mod rx {
                     }
                 }
                 while let Some((_, due, _)) = pending {
-                    // It may be for an earlier item: a flood of items sets one timer a window.
-                    let silence = timer.get_or_insert_with(|| scheduler.at(due));
-                    ready!(Pin::new(silence).poll(cx));
+                    // The timer may still be an earlier item's, so that a flood sets one timer a window.
+                    ready!(Pin::new(timer.get_or_insert_with(|| scheduler.at(due))).poll(cx));
                     timer = None;
                     if due <= scheduler.now() {
                         return Poll::Ready(pending.take().map(|(item, ..)| item));
@@ -429,8 +428,8 @@ pub mod rx {
 struct Command {
     args: Vec<&'static CStr>,
     variables: Vec<&'static CStr>,
-    blocked: SigSet,
-    limit: Rlimit,
+    original_mask: SigSet,
+    original_limit: Rlimit,
     /// Two descriptors kept for the start of a run, which takes two for a moment: clients may take all
     /// others.
     reserve: Cell<Option<(OwnedFd, OwnedFd)>>,
@@ -441,15 +440,19 @@ struct Command {
     end: Waiters,
 }
 
-const EVENT: &str = "SMOLRX_EVENT=";
+const EVENT_VARIABLE: &str = "SMOLRX_EVENT=";
 
 impl Command {
-    fn new(args: Vec<&'static CStr>, blocked: SigSet, limit: Rlimit) -> Result<Command, Errno> {
+    fn new(
+        args: Vec<&'static CStr>,
+        original_mask: SigSet,
+        original_limit: Rlimit,
+    ) -> Result<Command, Errno> {
         let mut variables = strings(environment()?);
-        variables.retain(|variable| !variable.to_bytes().starts_with(EVENT.as_bytes()));
+        variables.retain(|variable| !variable.to_bytes().starts_with(EVENT_VARIABLE.as_bytes()));
         let reserve = Cell::new(pipe_with(PipeFlags::CLOEXEC).ok());
         let (pid, status, end) = Default::default();
-        Ok(Command { args, variables, blocked, limit, reserve, pid, status, end })
+        Ok(Command { args, variables, original_mask, original_limit, reserve, pid, status, end })
     }
 
     /// Starts a run.
@@ -457,18 +460,18 @@ impl Command {
         let mut attributes = PosixSpawnAttr::init()?;
         attributes
             .set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF)?;
-        attributes.set_sigmask(&self.blocked)?;
+        attributes.set_sigmask(&self.original_mask)?;
         attributes.set_sigdefault(&SigSet::from(SIGPIPE))?; // std may have ignored it
         let actions = PosixSpawnFileActions::init()?;
-        let event = [EVENT, event, "\0"].concat();
+        let assignment = [EVENT_VARIABLE, event, "\0"].concat();
         let mut variables = self.variables.clone();
-        variables.extend(CStr::from_bytes_with_nul(event.as_bytes()));
+        variables.extend(CStr::from_bytes_with_nul(assignment.as_bytes()));
         let name = self.args[0].to_bytes_with_nul();
         let path = variables.iter().find_map(|variable| variable.to_bytes().strip_prefix(b"PATH="));
         let path = if name.contains(&b'/') { b"" } else { path.unwrap_or(b"/usr/local/bin:/usr/bin:/bin") };
         let raised = getrlimit(Resource::Nofile);
         drop(self.reserve.take());
-        let _ = setrlimit(Resource::Nofile, self.limit);
+        let _ = setrlimit(Resource::Nofile, self.original_limit);
         let mut outcome = Err(nix::Error::ENOENT);
         for directory in path.split(|&byte| byte == b':') {
             let slash: &[u8] = if directory.is_empty() { b"" } else { b"/" };
@@ -476,7 +479,7 @@ impl Command {
             let file = CStr::from_bytes_with_nul(&file).unwrap_or_default();
             match posix_spawn(file, &actions, &attributes, &self.args, &variables) {
                 Err(nix::Error::ENOENT | nix::Error::ENOTDIR | nix::Error::ENAMETOOLONG) => {}
-                // As a shell does, it looks on.
+                // Like a shell, it goes on looking.
                 Err(nix::Error::EACCES) => outcome = Err(nix::Error::EACCES),
                 other => {
                     outcome = other;
@@ -498,7 +501,7 @@ impl Command {
     }
 }
 
-/// The strings in a block, each of which has a NUL at its end.
+/// Splits a block of strings that end with a NUL each; they live as long as the process.
 fn strings(block: Vec<u8>) -> Vec<&'static CStr> {
     let strings = block.leak().split_inclusive(|&byte| byte == 0);
     strings.filter_map(|string| CStr::from_bytes_with_nul(string).ok()).collect()
@@ -517,19 +520,20 @@ fn environment() -> Result<Vec<u8>, Errno> {
 }
 
 impl Server {
-    /// Runs the command once. If it can't be started, the server ends as a shell does; if that is for want of
-    /// memory or processes, or for an event that is too long, it goes on.
+    /// Runs the command once. If it is not found or can't be executed, the server ends with a shell's status
+    /// (127, 126); after any other error it goes on.
     async fn run(&self, command: &Command, event: &str) {
         if let Err(error) = command.start(event) {
-            self.print_error(&[&failure(&["run ", &excerpt(command.args[0].to_bytes())], errno(error))]);
+            self.print_error(&[&cannot(&["run ", &excerpt(command.args[0].to_bytes())], errno(error))]);
             match error {
                 nix::Error::ENOENT => self.finish(127),
                 nix::Error::EACCES | nix::Error::EPERM | nix::Error::ENOEXEC | nix::Error::ELOOP => {
                     self.finish(126)
                 }
-                _ => {}
+                _ => return,
             }
-            return;
+            // No event is run any more.
+            return future::pending().await;
         }
         while command.pid.get().is_some() {
             // Where SIGCHLD was ignored, no signal says that it has ended.
@@ -550,15 +554,16 @@ impl Server {
     /// behind.
     fn reap(&self) {
         let run = self.command.as_ref().and_then(|command| Some((command, command.pid.get()?)));
-        loop {
-            match (wait(WaitOptions::NOHANG), run) {
-                (Ok(Some((pid, status))), Some((command, of_run))) if pid == of_run => {
-                    command.ended(Some(status))
-                }
-                (Ok(Some(_)), _) => {}
-                // Where SIGCHLD was ignored, the run is gone, and nobody knows how it ended.
-                (Err(Errno::CHILD), Some((command, _))) => return command.ended(None),
-                _ => return,
+        while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
+            if let Some((command, _)) = run.filter(|(_, of_run)| *of_run == pid) {
+                command.ended(Some(status));
+            }
+        }
+        // Where SIGCHLD was ignored, the run is gone without a status, though other children may be alive.
+        if let Some((command, pid)) = run {
+            match waitpid(Some(pid), WaitOptions::NOHANG) {
+                Ok(None) => {}
+                gone => command.ended(gone.ok().flatten().map(|(_, status)| status)),
             }
         }
     }
@@ -578,10 +583,10 @@ const BACK_OFF: Duration = Duration::from_millis(100);
 const GRACE: Duration = Duration::from_secs(5);
 /// The same for a client that has not sent a byte yet: its line may be on the way.
 const FIRST_BYTE_GRACE: Duration = Duration::from_millis(250);
-/// A second signal that comes sooner is the first one: `timeout` sends two.
+/// A second signal within this time counts as the first: `timeout` sends two.
 const SAME_SIGNAL: Duration = Duration::from_millis(100);
-/// Bytes of an echo that the kernel holds for a client. Left alone, it grows to megabytes, and a slow client
-/// takes bytes for seconds before anybody sees room for more.
+/// The send buffer of a connection, in bytes (Linux doubles it). Left alone, it grows to megabytes, and it
+/// takes seconds before anybody sees that a slow client takes its echo.
 const SEND_BUFFER: usize = 128 * 1024;
 
 /// What all tasks share. They run on one thread, so cells do where locks would cost.
@@ -599,11 +604,11 @@ pub struct Server {
     /// The task that waits for a client to leave.
     departure: Waiters,
     /// When the first signal came.
-    stopped: Cell<Option<Instant>>,
+    stopping_since: Cell<Option<Instant>>,
     /// The task that waits for that signal.
-    stop: Waiters,
+    first_signal: Waiters,
     deadlines: Deadlines,
-    /// No warning is printed before.
+    /// No warning is printed before this instant.
     next_warning: Cell<Option<Instant>>,
 }
 
@@ -612,8 +617,8 @@ impl Server {
         Server { options, ..Server::default() }
     }
 
-    /// Starts a task. Boxed, all are of one type: else the executor's code would be there once for each (4
-    /// kB).
+    /// Starts a task, boxed, so that all are of one type: otherwise the executor's code is compiled for each
+    /// (4 kB).
     fn spawn(&'static self, future: impl Future<Output = ()> + 'static) -> Task<()> {
         self.executor.spawn(future.boxed_local())
     }
@@ -621,7 +626,11 @@ impl Server {
     /// Accepts clients until the first signal, serves those who are still in the backlog, waits until the
     /// last client has left or the grace is over, and completes the subject.
     async fn serve_clients(&'static self, listener: Arc<Async<TcpListener>>, probes: [Option<Task<()>>; 2]) {
-        future::or(self.accept(&listener), self.stop.wait_until(&|| self.stopped.get().is_some())).await;
+        future::or(
+            self.accept(&listener),
+            self.first_signal.wait_until(&|| self.stopping_since.get().is_some()),
+        )
+        .await;
         // Dropped, these tasks end: the names are free for the next server.
         drop(probes);
         // The backlog keeps those who are in it, and lets in newcomers one at a time.
@@ -636,16 +645,15 @@ impl Server {
     }
 
     /// Stops at the first signal; the second one is the end.
-    async fn handle_signals(&self, signals: SignalFd) {
-        let Ok(io) = Async::new_nonblocking(signals.as_fd()) else { return };
-        self.reap(); // children of the shell, say, that has become this program
+    async fn handle_signals(&self, signals: Async<SignalFd>) {
+        self.reap(); // children of a shell, say, that has become this program
         loop {
-            match signals.read_signal() {
+            match signals.get_ref().read_signal() {
                 Ok(Some(signal)) if signal.ssi_signo == SIGCHLD as u32 => self.reap(),
-                Ok(Some(signal)) => match self.stopped.get() {
+                Ok(Some(signal)) => match self.stopping_since.get() {
                     None => {
-                        self.stopped.set(Some(Instant::now()));
-                        self.stop.wake_all();
+                        self.stopping_since.set(Some(Instant::now()));
+                        self.first_signal.wake_all();
                         self.deadlines.wake_all();
                     }
                     Some(first) if first.elapsed() < SAME_SIGNAL => {}
@@ -658,7 +666,7 @@ impl Server {
                         exit(128 + number)
                     }
                 },
-                _ => _ = poll_fn(|cx| io.poll_readable(cx)).await,
+                _ => _ = poll_fn(|cx| signals.poll_readable(cx)).await,
             }
         }
     }
@@ -678,7 +686,7 @@ impl Server {
                         future::yield_now().await;
                     }
                 }
-                Err(Errno::AGAIN) if self.stopped.get().is_some() => return,
+                Err(Errno::AGAIN) if self.stopping_since.get().is_some() => return,
                 Err(Errno::AGAIN) => _ = poll_fn(|cx| listener.poll_readable(cx)).await,
                 // The client left before its turn came; or a signal came.
                 Err(Errno::CONNABORTED | Errno::INTR) => {}
@@ -705,9 +713,9 @@ impl Server {
                 echoed: 0,
                 echo_failed: false,
                 is_readable: true,
-                bytes_answered: 0,
+                bytes_queued: 0,
                 has_received: false,
-                is_closing: false,
+                close_by: None,
             };
             connection.run().await;
             self.deadlines.forget(&socket);
@@ -722,7 +730,7 @@ impl Server {
         let now = Instant::now();
         if self.next_warning.get().is_none_or(|next| next <= now) {
             self.next_warning.set(Some(now + Duration::from_secs(1)));
-            self.print_error(&[&failure(&[what], error), "; trying again"]);
+            self.print_error(&[&cannot(&[what], error), "; trying again"]);
         }
     }
 
@@ -764,8 +772,8 @@ fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
     }
     net::bind(&socket, &address)?;
     net::listen(&socket, BACKLOG)?;
-    // async-net, which the design card names, registers it with the reactor. Its own `bind` takes neither
-    // backlog nor options, and its `accept` registers each client, which costs two system calls more.
+    // async-net's own `bind` takes neither backlog nor options, and its `accept` registers each client, which
+    // costs two system calls more.
     Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
 
@@ -797,8 +805,9 @@ impl Signals {
         let _ = self.handled.thread_unblock();
     }
 
-    fn source(&self) -> nix::Result<SignalFd> {
-        SignalFd::with_flags(&self.handled, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+    fn source(&self) -> io::Result<Async<SignalFd>> {
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        Async::new_nonblocking(SignalFd::with_flags(&self.handled, flags)?)
     }
 }
 
@@ -823,24 +832,25 @@ struct Connection<'a> {
     io: Option<Async<BorrowedFd<'a>>>,
     /// Bytes received: whole lines that are to be echoed, then what is left. At most a line and a chunk.
     buffer: Vec<u8>,
-    /// How many bytes at its start are to be echoed, and how many of these are.
+    /// How many bytes at its start are to be echoed, and how many of these have been.
     to_echo: usize,
     echoed: usize,
     /// The client takes no echo any more; what it has sent counts all the same.
     echo_failed: bool,
     /// There may be bytes to read right now.
     is_readable: bool,
-    /// Bytes of all that was to be echoed.
-    bytes_answered: usize,
+    /// Bytes that were queued for this client in all: echoes, or the HTTP answer.
+    bytes_queued: usize,
     /// A line has been received.
     has_received: bool,
-    is_closing: bool,
+    /// When the lingering close is over, once it has begun.
+    close_by: Option<Instant>,
 }
 
 /// Why a connection ends early.
 enum Failure {
     Io,
-    TimeIsOver,
+    TimedOut,
 }
 
 impl Connection<'_> {
@@ -871,7 +881,7 @@ impl Connection<'_> {
                     server.stdout.ready().await;
                 }
                 // The grace is over: what is not echoed has not been received.
-                Line::Whole(_) if server.lines.is_completed() => return Err(Failure::TimeIsOver),
+                Line::Whole(_) if server.lines.is_completed() => return Err(Failure::TimedOut),
                 Line::Whole(length) if is_http_request(&rest[..length]) => {
                     // A browser, say, is answered in its own words.
                     let who = address_text(*self.peer);
@@ -879,7 +889,7 @@ impl Connection<'_> {
                     self.echo().await?;
                     self.buffer = [HTTP_ANSWER, &self.buffer].concat();
                     self.to_echo = HTTP_ANSWER.len();
-                    self.bytes_answered += self.to_echo;
+                    self.bytes_queued += self.to_echo;
                     break;
                 }
                 Line::Whole(length) => {
@@ -891,7 +901,7 @@ impl Connection<'_> {
                     server.lines.on_next(text);
                     (self.has_received, searched) = (true, 0);
                     self.to_echo += length;
-                    self.bytes_answered += length;
+                    self.bytes_queued += length;
                     if !server.options.keep_open {
                         break;
                     }
@@ -902,7 +912,7 @@ impl Connection<'_> {
                     searched = self.buffer.len();
                     match self.read().await {
                         Ok(count) => has_ended = count == 0,
-                        Err(Failure::TimeIsOver) => break,
+                        Err(Failure::TimedOut) => break,
                         Err(failure) => return Err(failure),
                     }
                 }
@@ -959,12 +969,12 @@ impl Connection<'_> {
     async fn close(&mut self) {
         let has_unread = !self.buffer.is_empty() || (self.is_readable && matches!(self.discard(), Ok(1..)));
         self.buffer = Vec::new();
-        if self.bytes_answered > if has_unread { 0 } else { LEAVES_AT_ONCE } {
+        let leaves_at_once = if has_unread { 0 } else { LEAVES_AT_ONCE };
+        if self.bytes_queued > leaves_at_once {
             let _ = net::shutdown(self.socket, Shutdown::Write);
-            self.is_closing = true;
-            let end = Instant::now() + GRACE;
+            self.close_by = Some(Instant::now() + GRACE);
             while let Ok(1..) = self.attempt(Self::discard).await
-                && Instant::now() < end
+                && self.close_by > Some(Instant::now())
             {
                 future::yield_now().await;
             }
@@ -979,7 +989,7 @@ impl Connection<'_> {
             match attempt(self) {
                 Ok(count) => return Ok(count),
                 Err(Errno::AGAIN | Errno::INTR) if in_time => {}
-                Err(Errno::AGAIN | Errno::INTR) => return Err(Failure::TimeIsOver),
+                Err(Errno::AGAIN | Errno::INTR) => return Err(Failure::TimedOut),
                 Err(_) => return Err(Failure::Io),
             }
             in_time = poll_fn(|cx| self.poll_client(cx, &mut start)).await;
@@ -987,8 +997,8 @@ impl Connection<'_> {
         }
     }
 
-    /// Waits until the client moves (true) or its time is over (false); `start` is when it is first polled. As a
-    /// function of its own, this costs an idle connection 550 bytes less than `future::or` of two async blocks.
+    /// Waits until the client moves (true) or its time is over (false); `start` is when it is first polled.
+    /// (As `future::or` of two async blocks, this would cost an idle connection 550 bytes more.)
     fn poll_client(&mut self, cx: &mut Context<'_>, start: &mut Option<Instant>) -> Poll<bool> {
         let now = Instant::now();
         let mut due = self.deadline(*start.get_or_insert(now));
@@ -1015,9 +1025,9 @@ impl Connection<'_> {
     /// When a wait that began at `start` is over: after the timeout or, once the server stops, after the
     /// grace.
     fn deadline(&self, start: Instant) -> Instant {
-        let due = start + if self.is_closing { GRACE } else { self.server.options.timeout };
-        let Some(stop) = self.server.stopped.get() else { return due };
-        let grace = if self.is_closing || !self.buffer.is_empty() {
+        let due = self.close_by.unwrap_or(start + self.server.options.timeout);
+        let Some(since) = self.server.stopping_since.get() else { return due };
+        let grace = if self.close_by.is_some() || !self.buffer.is_empty() {
             GRACE
         } else if self.has_received {
             // Between two lines, a server that stops waits for nobody.
@@ -1025,13 +1035,13 @@ impl Connection<'_> {
         } else {
             FIRST_BYTE_GRACE
         };
-        due.min(start.max(stop) + grace).min(stop + GRACE)
+        due.min(start.max(since) + grace).min(since + GRACE)
     }
 
     fn try_read(&mut self) -> Result<usize, Errno> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let bytes = self.read_chunk(&mut chunk)?;
-        // The buffer grows by doubling, so that there are few sizes, but to no more than it can hold.
+        // It grows by doubling, so that few sizes occur, but never beyond a line and a chunk.
         let length = self.buffer.len() + bytes.len();
         let capacity = length.next_power_of_two().min(self.server.options.max_line + CHUNK);
         self.buffer.reserve_exact(capacity - self.buffer.len());
@@ -1101,7 +1111,7 @@ mod output {
     use std::cell::{Cell, RefCell};
     use std::future::{Future, poll_fn};
     use std::mem;
-    use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+    use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
     use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
     use std::thread;
 
@@ -1112,10 +1122,10 @@ mod output {
     use rustix::stdio::stdout;
     use smol::Async;
 
-    use super::text::failure;
+    use super::text::{cannot, errno};
     use super::{MOMENT, Waiters, exit, exit_with};
 
-    /// Bytes of text from which on its producers have to wait.
+    /// From so many bytes of text on, producers wait.
     const HIGH_WATER_MARK: usize = 64 * 1024;
     /// What a thread reads at once, in bytes; longer lines may be torn.
     const COPIED_AT_ONCE: usize = 16 * 1024;
@@ -1175,13 +1185,13 @@ mod output {
         ) -> Result<impl Future<Output = ()>, Errno> {
             let (source, sink) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
             WRITERS.fetch_add(1, Relaxed);
+            let sink = Async::new_nonblocking(sink).map_err(errno)?;
             thread::spawn(move || copy(source, stream));
             Ok(self.feed(sink))
         }
 
         /// Writes what is added, until the output is closed.
-        async fn feed(&self, sink: OwnedFd) {
-            let Ok(sink) = Async::new_nonblocking(sink.as_fd()) else { return };
+        async fn feed(&self, sink: Async<OwnedFd>) {
             let mut text = String::new();
             loop {
                 self.writer.wait_until(&|| self.closing.get() || !self.text.borrow().is_empty()).await;
@@ -1225,7 +1235,7 @@ mod output {
             let output = PollFd::new(&stream, PollFlags::empty());
             let mut fds = [PollFd::new(&source, PollFlags::IN), output];
             let _ = poll(if is_stdout { &mut fds } else { &mut fds[..1] }, None);
-            // Its reader has closed the pipe, or the terminal: the end, as by SIGPIPE.
+            // Its reader is gone (a pipe's, or a terminal): the end, as by SIGPIPE.
             if !fds[1].revents().is_empty() {
                 exit(128 + 13)
             }
@@ -1241,7 +1251,7 @@ mod output {
             };
             match write_all(stream, &text[..end]) {
                 Err(Errno::PIPE) if is_stdout => exit(128 + 13),
-                Err(error) if is_stdout => exit_with(Err(failure(&["write to stdout"], error)), 1),
+                Err(error) if is_stdout => exit_with(Err(cannot(&["write to stdout"], error)), 1),
                 _ => _ = text.drain(..end),
             }
         }
@@ -1267,8 +1277,8 @@ mod output {
         Ok(())
     }
 
-    /// As many whole lines as a pipe takes whole or not at all (PIPE_BUF); of a longer line, a part. Others
-    /// may write to the same pipe, such as the command.
+    /// The whole lines that fit into PIPE_BUF bytes, which a pipe takes at once or not at all; of a longer
+    /// line, a part. Others may write to the same pipe, such as the command.
     fn atomic_chunk(text: &[u8]) -> &[u8] {
         let head = &text[..text.len().min(PIPE_BUF)];
         match head.iter().rposition(|&byte| byte == b'\n') {
@@ -1295,13 +1305,13 @@ pub mod text {
         if line.iter().all(|byte| matches!(byte, b' '..=b'~')) {
             return String::from_utf8_lossy(line).into_owned();
         }
-        // A byte order mark is no white space by itself.
+        // `is_whitespace` leaves out the byte order mark.
         let is_blank = |first: char| first.is_whitespace() || first == '\u{feff}';
         escaped(String::from_utf8_lossy(line).trim_start_matches(is_blank).trim_end())
     }
 
-    /// With all that could break the line or talk to the terminal escaped as Rust writes it, `\u{1b}` for
-    /// ESC. (Backslashes stay as they are: this is to be read, not to be undone.)
+    /// Escapes all that could break the line or control the terminal, as Rust writes it: `\u{1b}` for ESC.
+    /// (Backslashes stay as they are: this is to be read, not to be undone.)
     fn escaped(text: &str) -> String {
         let mut escaped = String::new();
         for character in text.chars() {
@@ -1340,9 +1350,8 @@ pub mod text {
             || is_in('\u{2066}', '\u{2069}')
     }
 
-    /// An address as people write it: an IPv4 client of an IPv6 socket is an IPv4 client,
-    /// and of an IPv6 address the first of the longest runs of zeros is left out, if it is longer than one
-    /// (RFC 5952). The standard library's own way from numbers to text also pads: 2 kB.
+    /// An address with its port. A mapped IPv4 address is shown as IPv4; in IPv6 the first of the longest
+    /// runs of two or more zero groups becomes `::` (RFC 5952). std's formatting also pads: 2 kB.
     pub fn address_text(address: SocketAddr) -> String {
         let mut text = String::new();
         match address.ip().to_canonical() {
@@ -1392,7 +1401,7 @@ pub mod text {
     }
 
     /// The error message for an operation that failed: what can't be done, and why.
-    pub fn failure(what: &[&str], error: Errno) -> String {
+    pub fn cannot(what: &[&str], error: Errno) -> String {
         ["cannot ", &what.concat(), ": ", &error_text(error)].concat()
     }
 
@@ -1407,7 +1416,7 @@ pub mod text {
             Errno::NOENT | Errno::NOTDIR => "not found",
             Errno::NOEXEC => "not a program",
             Errno::TOOBIG => "too long for the system",
-            Errno::AGAIN => "no process is free",
+            Errno::AGAIN => "no process is free", // for a command
             Errno::ADDRINUSE => "address in use",
             Errno::ADDRNOTAVAIL => "address not available",
             Errno::AFNOSUPPORT => "address family not supported",
@@ -1438,14 +1447,14 @@ impl Waiters {
             return Poll::Ready(());
         }
         let mut tasks = self.0.borrow_mut();
-        // A task that asks again before the change is kept once.
+        // A task that asks again right away is not kept twice.
         if !tasks.last().is_some_and(|task| task.will_wake(cx.waker())) {
             tasks.push(cx.waker().clone());
         }
         Poll::Pending
     }
 
-    /// Dynamic: else its code would be there once for each condition (80 bytes).
+    /// Waits until the condition holds. (A generic would be compiled for each condition: 80 bytes.)
     async fn wait_until(&self, holds: &dyn Fn() -> bool) {
         poll_fn(|cx| self.poll_until(cx, holds())).await
     }
@@ -1545,8 +1554,8 @@ event, and finds it in the environment variable SMOLRX_EVENT.
   --timeout MS      a connection that neither sends nor takes a byte for that
                     long is closed [60000]
   -q, --quiet       print events alone, one a line; with a COMMAND, nothing
-  --health          ask the server on --tcp-port whether it is healthy, or
-                    without that the first one here; exit 0 or 1
+  --health          ask the server on --tcp-port and --bind whether it is
+                    healthy, or without these the first one here; exit 0 or 1
   -h, --help        print this
   -V, --version     print the version
 ";
@@ -1579,7 +1588,7 @@ impl Default for Options {
         Options {
             address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8888)),
             interval: Some(Duration::from_secs(60)),
-            debounce: Duration::ZERO,
+            debounce: Duration::ZERO, // it depends on the others: see `parse`
             max_wait: None,
             keep_open: false,
             max_conns: 512,
@@ -1595,20 +1604,20 @@ impl Invocation {
     /// The error names the option, and the value as it was typed.
     pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Invocation, String> {
         let mut options = Options::default();
-        let (mut debounce, mut health, mut is_named, mut print) = (None, false, false, None);
+        let (mut debounce, mut health, mut has_address, mut print) = (None, false, false, None);
         let mut args = Arguments { rest: args, name: String::new(), value: None };
         while args.advance() {
             match &*args.name {
                 "--tcp-port" => {
                     options.address.set_port(args.number("a whole number from ", 0, 65_535)? as u16);
-                    is_named = true;
+                    has_address = true;
                 }
                 "--bind" => {
                     let typed = args.value()?;
                     let ip = typed.strip_prefix('[').and_then(|ip| ip.strip_suffix(']')).unwrap_or(&typed);
                     let ip = ip.parse().map_err(|_| args.invalid_value("an IPv4 or IPv6 address", &typed))?;
                     options.address.set_ip(ip);
-                    is_named = true;
+                    has_address = true;
                 }
                 "--interval" => {
                     let period = args.number("0 or a whole number of milliseconds from ", 10, u32::MAX)?;
@@ -1647,11 +1656,11 @@ impl Invocation {
             }
         }
         if health {
-            let name = if is_named { decimal(options.address.port().into()) } else { String::new() };
+            let name = if has_address { decimal(options.address.port().into()) } else { String::new() };
             return Ok(Invocation::Health(options.address, name));
         }
-        let tenth = options.interval.map_or(Duration::from_secs(1), |interval| interval / 10);
-        options.debounce = debounce.unwrap_or(tenth);
+        let default = options.interval.map_or(Duration::from_secs(1), |interval| interval / 10);
+        options.debounce = debounce.unwrap_or(default);
         Ok(Invocation::Serve(options))
     }
 }
@@ -1682,13 +1691,13 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
         value.ok_or_else(|| ["option '", &self.name, "' needs a value"].concat())
     }
 
-    /// The same as a number in a range, or as 0, where the description begins with it.
+    /// The same as a number from `min` to `max`, or as 0 where the description begins with it.
     fn number(&mut self, description: &str, min: u32, max: u32) -> Result<u32, String> {
         let typed = self.value()?;
         let digit = |number: u32, byte| number.checked_mul(10)?.checked_add(char::from(byte).to_digit(10)?);
         match typed.bytes().try_fold(0, digit) {
-            Some(number) if number >= min && number <= max && !typed.is_empty() => Ok(number),
             Some(0) if description.starts_with('0') && !typed.is_empty() => Ok(0),
+            Some(number) if number >= min && number <= max && !typed.is_empty() => Ok(number),
             _ => {
                 let description = [description, &decimal(min.into()), " to ", &decimal(max.into())].concat();
                 Err(self.invalid_value(&description, &typed))
@@ -1710,12 +1719,9 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
         let typed = excerpt(self.name.as_bytes());
         let (what, hint) = match &*self.name {
             "--port" | "-p" => ("unknown option '", "'; did you mean --tcp-port?"),
-            name if name.starts_with("--") => ("unknown option '", "'"),
-            name if name.starts_with('-') && name.len() > 2 => {
-                ("unknown option '", "'; give short options one by one")
-            }
-            name if name.starts_with('-') => ("unknown option '", "'"),
-            _ => ("unexpected argument '", "'; a command follows '--'"),
+            name if !name.starts_with('-') => ("unexpected argument '", "'; a command follows '--'"),
+            name if name.starts_with("--") || name.len() <= 2 => ("unknown option '", "'"),
+            _ => ("unknown option '", "'; give short options one by one"),
         };
         [what, &typed, hint].concat()
     }
@@ -1730,7 +1736,8 @@ fn health_address(name: &str) -> Result<SocketAddrUnix, Errno> {
     SocketAddrUnix::new_abstract_name(["smolrx ", name].concat().as_bytes())
 }
 
-/// A datagram socket: to answer takes neither a connection nor a descriptor, and a full server is not ill.
+/// A datagram socket: an answer needs neither a connection nor a new descriptor, so that a full server is
+/// healthy.
 fn health_socket(name: &str) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
@@ -1745,7 +1752,7 @@ impl Server {
             match health_socket(name) {
                 Ok(socket) => return Some(self.spawn(self.answer(socket))),
                 Err(error @ Errno::ADDRINUSE) if name == port => {
-                    self.print_error(&[&failure(&["answer --health for port ", port], error)]);
+                    self.print_error(&[&cannot(&["answer --health for port ", port], error)]);
                 }
                 Err(_) => {}
             }
@@ -1753,7 +1760,7 @@ impl Server {
         })
     }
 
-    /// Answers for as long as the loop turns.
+    /// Answers for as long as the executor runs.
     async fn answer(&self, socket: OwnedFd) {
         let Ok(io) = Async::new_nonblocking(socket.as_fd()) else { return };
         loop {
@@ -1768,9 +1775,9 @@ impl Server {
     }
 }
 
-/// Asks a server here through its socket. Where nobody can be asked so, it is a TCP client that sends nothing
-/// and expects the server to close: this proves that it accepts and serves, and is no event. Within two
-/// seconds.
+/// Asks a server through its Unix socket. Where none can be asked so, it connects by TCP, sends nothing and
+/// expects the server to close: this proves that it accepts and serves, and is no event. It takes two seconds
+/// at most.
 fn probe(address: SocketAddr, name: &str) -> Result<(), String> {
     let (who, answer) = match ask(name) {
         Err(error) if error != Errno::AGAIN => (address_text(address), connect_and_read(address)),
