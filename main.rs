@@ -715,7 +715,7 @@ impl Server {
                 is_readable: true,
                 bytes_queued: 0,
                 has_received: false,
-                close_by: None,
+                is_closing: false,
             };
             connection.run().await;
             self.deadlines.forget(&socket);
@@ -843,8 +843,7 @@ struct Connection<'a> {
     bytes_queued: usize,
     /// A line has been received.
     has_received: bool,
-    /// When the lingering close is over, once it has begun.
-    close_by: Option<Instant>,
+    is_closing: bool,
 }
 
 /// Why a connection ends early.
@@ -972,9 +971,11 @@ impl Connection<'_> {
         let leaves_at_once = if has_unread { 0 } else { LEAVES_AT_ONCE };
         if self.bytes_queued > leaves_at_once {
             let _ = net::shutdown(self.socket, Shutdown::Write);
-            self.close_by = Some(Instant::now() + GRACE);
+            self.is_closing = true;
+            let end = Instant::now() + GRACE;
+            // The last attempt may take a grace of its own.
             while let Ok(1..) = self.attempt(Self::discard).await
-                && self.close_by > Some(Instant::now())
+                && Instant::now() < end
             {
                 future::yield_now().await;
             }
@@ -1025,9 +1026,9 @@ impl Connection<'_> {
     /// When a wait that began at `start` is over: after the timeout or, once the server stops, after the
     /// grace.
     fn deadline(&self, start: Instant) -> Instant {
-        let due = self.close_by.unwrap_or(start + self.server.options.timeout);
+        let due = start + if self.is_closing { GRACE } else { self.server.options.timeout };
         let Some(since) = self.server.stopping_since.get() else { return due };
-        let grace = if self.close_by.is_some() || !self.buffer.is_empty() {
+        let grace = if self.is_closing || !self.buffer.is_empty() {
             GRACE
         } else if self.has_received {
             // Between two lines, a server that stops waits for nobody.
@@ -1548,8 +1549,7 @@ event, and finds it in the environment variable SMOLRX_EVENT.
   --max-wait MS     longest time for which a burst is held back [none]
   --bind ADDR       IPv4 or IPv6 address to listen on [0.0.0.0]
   --keep-open       serve every line until the client closes
-  --max-conns N     connections served at once; more wait in the backlog,
-                    none is refused [512]
+  --max-conns N     connections served at once; more wait in the backlog [512]
   --max-line BYTES  longest line, its ending included [2048]
   --timeout MS      a connection that neither sends nor takes a byte for that
                     long is closed [60000]
