@@ -31,6 +31,10 @@ pub const CALM: [&str; 2] = ["--interval", "600000"];
 /// The transcript's line at the end of a connection.
 pub const CLOSE: &str = "Close the client socket";
 
+/// What a client that speaks HTTP is told.
+pub const BAD_REQUEST: &[u8] =
+    b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nsend a line, for example by nc\n";
+
 /// These options, and a clock that keeps out of the way.
 pub fn calm<'a>(options: &[&'a str]) -> Vec<&'a str> {
     [&CALM, options].concat()
@@ -878,9 +882,10 @@ fn server_end(client_port: u16) -> Option<(String, u64)> {
     // The thread's own, as it may be in a network of its own.
     let sockets = fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
     // sl local_address rem_address st tx_queue:rx_queue ... inode (the tenth), 0 in the backlog
-    sockets.lines().skip(1).find_map(|line| {
+    let port = format!(":{client_port:04X} ");
+    sockets.lines().filter(|line| line.contains(&port)).find_map(|line| {
         let field: Vec<&str> = line.split_whitespace().collect();
-        let ours = field[2].ends_with(&format!(":{client_port:04X}")) && field[9] != "0";
+        let ours = field[2].ends_with(port.trim_end()) && field[9] != "0";
         ours.then(|| (field[3].into(), u64::from_str_radix(&field[4][9..], 16).unwrap()))
     })
 }
