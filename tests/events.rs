@@ -135,7 +135,7 @@ fn steady_pokes_hold_back_events_only_without_a_longest_wait() {
 fn debounce_is_the_silence_that_ends_a_burst() {
     let cases: [(&[&str], _, &[&str]); 4] = [
         (&["--interval", "0"], 1000, &[]),
-        (&["--interval", "0", "--debounce", "200"], 200, &[]),
+        (&["--interval", "0", "--debounce", "500"], 500, &[]),
         (&["--interval", "600000", "--debounce", "1000"], 1000, &["0"]),
         (&["--interval", "9000", "--debounce", "1500"], 1500, &["0"]),
     ];
