@@ -28,15 +28,15 @@ mod common;
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::{ErrorKind, PipeReader, Read, Write, pipe};
+use std::io::{BufRead, BufReader, ErrorKind, PipeReader, Read, Write, pipe};
 use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{array, env, fs, mem, panic};
+use std::{array, env, fs, iter, mem, panic};
 
-use common::{PATIENCE, Process, eventually, raise_descriptor_limit};
+use common::{PATIENCE, Process, eventually, raise_descriptor_limit, refusal};
 use rustix::buffer::spare_capacity;
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use rustix::process::Signal;
@@ -136,13 +136,9 @@ impl Options {
         if let Some(name) = only.iter().find(|name| MEASURES.iter().all(|m| m.name != **name)) {
             return Err(format!("--only does not know {name}"));
         }
-        let counts = Counts {
-            connections: 20_000 / share,
-            traced: 2_000 / share,
-            lines: 1_000_000 / share,
-            idle: 10_000 / share,
-            starts: 50 / share,
-        };
+        let [connections, traced, lines, idle, starts] =
+            [20_000, 2_000, 1_000_000, 10_000, 50].map(|count| count / share);
+        let counts = Counts { connections, traced, lines, idle, starts };
         Ok(Some(Options { only, rounds, svg, verbose, counts }))
     }
 
@@ -153,9 +149,10 @@ impl Options {
 
 // ---- The servers ----
 
-/// One program that can be measured, and how it is started.
+/// One program that can be measured, how it is started, and its class in the chart.
 struct Server {
     name: &'static str,
+    class: char,
     kind: Kind,
     program: PathBuf,
 }
@@ -170,7 +167,7 @@ enum Kind {
     Before,
     /// `benches/floor.c`.
     Floor,
-    /// `BASELINE`.
+    /// `baseline/rxserver.py`.
     Python,
 }
 
@@ -179,8 +176,6 @@ impl Kind {
         matches!(self, Kind::Ours | Kind::Image | Kind::Before)
     }
 }
-
-const BASELINE: &str = "baseline/rxserver.py";
 
 /// What is asked of a server when it is started.
 #[derive(Clone, Copy, PartialEq)]
@@ -194,48 +189,30 @@ enum Mode {
 
 /// All servers that this machine can run; stderr names the missing ones.
 fn servers() -> Vec<Server> {
-    let ours = PathBuf::from(env!("CARGO_BIN_EXE_smolrx"));
-    let mut servers = vec![Server { name: "smolrx", kind: Kind::Ours, program: ours }];
-    if let Some(program) = env::var_os("SMOLRX_IMAGE_BIN").map(PathBuf::from) {
-        servers.push(Server { name: "image", kind: Kind::Image, program });
+    let mut servers = Vec::new();
+    let mut add = |name, class, kind, program| servers.push(Server { name, class, kind, program });
+    add("smolrx", 'a', Kind::Ours, env!("CARGO_BIN_EXE_smolrx").into());
+    if let Some(program) = env::var_os("SMOLRX_IMAGE_BIN") {
+        add("image", 'b', Kind::Image, program.into());
     }
-    if let Some(program) = env::var_os("SMOLRX_BEFORE_BIN").map(PathBuf::from) {
-        servers.push(Server { name: "before", kind: Kind::Before, program });
+    if let Some(program) = env::var_os("SMOLRX_BEFORE_BIN") {
+        add("before", 'e', Kind::Before, program.into());
     }
-    match compiled_floor() {
-        Ok(program) => servers.push(Server { name: "C floor", kind: Kind::Floor, program }),
-        Err(sentence) => eprintln!("without the C floor: {sentence}"),
+    let floor = Path::new(env!("CARGO_TARGET_TMPDIR")).join("floor");
+    match refusal(Command::new("cc").args(["-O2", "-o"]).arg(&floor).arg(in_package("benches/floor.c"))) {
+        None => add("C floor", 'c', Kind::Floor, floor),
+        Some(reason) => eprintln!("without the C floor: {reason}"),
     }
-    match python() {
-        Ok(program) => servers.push(Server { name: "Python", kind: Kind::Python, program }),
-        Err(sentence) => eprintln!("without the Python baseline: {sentence}"),
+    let python = PathBuf::from(env::var_os("BASELINE_PYTHON").unwrap_or("python3".into()));
+    match refusal(Command::new(&python).args(["-c", "import reactivex"])) {
+        None => add("Python", 'd', Kind::Python, python),
+        Some(_) => eprintln!("without the Python baseline: {} cannot import reactivex", python.display()),
     }
     servers
 }
 
 fn in_package(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn compiled_floor() -> Result<PathBuf, String> {
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join("floor");
-    let mut cc = Command::new("cc");
-    cc.args(["-O2", "-o"]).arg(&program).arg(in_package("benches/floor.c"));
-    match cc.status() {
-        Ok(status) if status.success() => Ok(program),
-        Ok(status) => Err(format!("cc: {status}")),
-        Err(e) => Err(format!("cc: {e}")),
-    }
-}
-
-fn python() -> Result<PathBuf, String> {
-    let python = env::var_os("BASELINE_PYTHON").unwrap_or("python3".into());
-    let mut import = Command::new(&python);
-    import.args(["-c", "import reactivex"]).stderr(Stdio::null());
-    match import.status() {
-        Ok(status) if status.success() => Ok(python.into()),
-        _ => Err(format!("{} cannot import reactivex", python.display())),
-    }
 }
 
 impl Server {
@@ -250,23 +227,20 @@ impl Server {
 
     /// The command that starts it on a free port.
     fn command(&self, mode: Mode) -> Vec<String> {
-        let mut command = vec![self.program.display().to_string()];
-        let mut add = |words: &[&str]| command.extend(words.iter().map(|word| word.to_string()));
-        match self.kind {
-            Kind::Floor => {}
-            Kind::Python => {
-                add(&[&in_package(BASELINE).display().to_string()]);
-                add(&["--tcp-port", "0", "--interval", "60000"]);
-            }
-            _ => add(&["--tcp-port", "0"]),
-        }
-        match mode {
-            Mode::KeepOpen => add(&["--keep-open"]),
-            Mode::Quiet => add(&["--keep-open", "--quiet"]),
-            Mode::ManyIdle if self.kind.is_smolrx() => add(&["--max-conns", "20000"]),
-            _ => {}
-        }
-        command
+        let baseline = in_package("baseline/rxserver.py").display().to_string();
+        let start: &[&str] = match self.kind {
+            Kind::Floor => &[],
+            Kind::Python => &[&baseline, "--tcp-port", "0", "--interval", "60000"],
+            _ => &["--tcp-port", "0"],
+        };
+        let options: &[&str] = match mode {
+            Mode::KeepOpen => &["--keep-open"],
+            Mode::Quiet => &["--keep-open", "--quiet"],
+            Mode::ManyIdle if self.kind.is_smolrx() => &["--max-conns", "20000"],
+            _ => &[],
+        };
+        let program = self.program.display().to_string();
+        [&[&*program], start, options].concat().into_iter().map(String::from).collect()
     }
 
     fn start(&self, mode: Mode) -> Running {
@@ -275,10 +249,10 @@ impl Server {
 
     /// Starts it under a tool that counts; returns what the tool has written to its file once that has this line's
     /// start.
-    fn counted(&self, tool: &[&str], mode: Mode, drive: impl FnOnce(Running), last: &str) -> String {
-        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(tool[0]);
+    fn counted(&self, tool: &str, mode: Mode, drive: impl FnOnce(Running), last: &str) -> String {
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("counts");
         let _ = fs::remove_file(&file);
-        let words = tool.iter().map(|word| word.replace("FILE", &file.display().to_string()));
+        let words = tool.split(' ').map(|word| word.replace("FILE", &file.display().to_string()));
         let command: Vec<String> = words.chain(self.command(mode)).collect();
         drive(Running::start(self.kind, mode, &command));
         let mut counts = String::new();
@@ -295,25 +269,30 @@ struct Running {
     kind: Kind,
     process: Process,
     port: u16,
-    log: JoinHandle<Log>,
+    log: JoinHandle<[usize; 3]>,
 }
 
 impl Running {
     /// Starts one, whose first line says which port it has, unless it is quiet.
     fn start(kind: Kind, mode: Mode, command: &[String]) -> Self {
-        let (mut stdout, end) = pipe().unwrap();
+        let (stdout, end) = pipe().unwrap();
         let mut program = Command::new(&command[0]);
         program.args(&command[1..]).stdout(end);
         let process = Process::spawn_with_output(program);
         let port = match mode {
             Mode::Quiet => process.listening_port(),
             _ => {
-                let line = first_line(&mut stdout);
-                let port = line.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+                let limit = Timespec::try_from(PATIENCE).unwrap();
+                let ready = poll(&mut [PollFd::new(&stdout, PollFlags::IN)], Some(&limit));
+                assert_eq!(ready, Ok(1), "it never said that it serves");
+                let mut line = String::new();
+                // Of one byte, so that it takes no more than the line.
+                BufReader::with_capacity(1, &stdout).read_line(&mut line).expect("it serves");
+                let port = line.trim_end().rsplit(':').next().and_then(|port| port.parse().ok());
                 port.unwrap_or_else(|| panic!("its first line is no address: {line}"))
             }
         };
-        Running { kind, process, port, log: Log::collect(stdout) }
+        Running { kind, process, port, log: count_log(stdout) }
     }
 
     /// Asks it to end, and compares what it logged with what it was sent.
@@ -325,13 +304,18 @@ impl Running {
             self.process.exited(PATIENCE);
         }
         let log = self.log.join().expect("the log's reader lives");
-        let expected = Log { received: lines, sent: lines, closed: connections, ..log };
-        assert!(log == expected, "it logged {log}, not {expected}");
+        assert_eq!(log, [lines, lines, connections], "lines received, lines sent, connections closed");
     }
 
-    /// CPU time of all its threads, in nanoseconds.
-    fn cpu(&self) -> f64 {
-        self.process.activity().0.as_nanos() as f64
+    /// What some work returns, the seconds that it takes, and the microseconds of CPU time of all the server's threads.
+    fn timed<T>(&self, work: impl FnOnce() -> T) -> (T, f64, f64) {
+        thread::sleep(SETTLE);
+        let (cpu, began) = (self.process.activity().0, Instant::now());
+        let result = work();
+        let elapsed = began.elapsed();
+        thread::sleep(SETTLE);
+        let cpu = self.process.activity().0 - cpu;
+        (result, elapsed.as_secs_f64(), cpu.as_nanos() as f64 / 1e3)
     }
 
     /// Resident memory in bytes. (VmRSS in /proc/PID/status is some pages off on kernels that count per CPU.)
@@ -348,69 +332,29 @@ impl Running {
     }
 }
 
-/// Reads the one line by which a server says that it is ready.
-fn first_line(stdout: &mut PipeReader) -> String {
-    let mut line = Vec::new();
-    while !line.ends_with(b"\n") {
-        let mut readable = [PollFd::new(stdout, PollFlags::IN)];
-        let ready = poll(&mut readable, Some(&Timespec::try_from(PATIENCE).unwrap()));
-        assert_eq!(ready, Ok(1), "it never said that it serves");
-        let mut byte = [0];
-        stdout.read_exact(&mut byte).expect("it serves");
-        line.extend(byte);
-    }
-    String::from_utf8_lossy(&line).trim_end().into()
-}
-
-/// How many lines of each sort a server has logged.
-#[derive(Default, PartialEq)]
-struct Log {
-    received: usize,
-    sent: usize,
-    closed: usize,
-    /// Of the observer, whose debounce lets few lines through.
-    observed: usize,
-}
-
-impl Log {
-    /// Empties the pipe every millisecond until the server ends.
-    fn collect(mut stdout: PipeReader) -> JoinHandle<Log> {
-        // Both spare the server the waits and wake-ups of a full and of an empty pipe.
-        let _ = rustix::pipe::fcntl_setpipe_size(&stdout, 1 << 20);
-        rustix::io::ioctl_fionbio(&stdout, true).unwrap();
-        thread::spawn(move || {
-            let (mut log, mut buffer, mut line_starts) = (Log::default(), [0; 1 << 16], true);
-            loop {
-                match stdout.read(&mut buffer) {
-                    Ok(0) => return log,
-                    Ok(n) => {
-                        for &byte in &buffer[..n] {
-                            if mem::replace(&mut line_starts, byte == b'\n') {
-                                log.count(byte);
-                            }
+/// Empties the pipe every millisecond until the server ends, and counts the lines that begin with `R`, `S` and `C`:
+/// received, sent, closed. (Those of the observer are few, as its debounce lets few through.)
+fn count_log(mut stdout: PipeReader) -> JoinHandle<[usize; 3]> {
+    // Both spare the server the waits and wake-ups of a full and of an empty pipe.
+    let _ = rustix::pipe::fcntl_setpipe_size(&stdout, 1 << 20);
+    rustix::io::ioctl_fionbio(&stdout, true).unwrap();
+    thread::spawn(move || {
+        let (mut counts, mut buffer, mut line_starts) = ([0; 3], [0; 1 << 16], true);
+        loop {
+            match stdout.read(&mut buffer) {
+                Ok(0) => return counts,
+                Ok(length) => {
+                    for &byte in &buffer[..length] {
+                        if mem::replace(&mut line_starts, byte == b'\n') {
+                            let sort = b"RSC".iter().position(|&first| first == byte);
+                            sort.inspect(|&sort| counts[sort] += 1);
                         }
                     }
-                    Err(_) => thread::sleep(Duration::from_millis(1)),
                 }
+                Err(_) => thread::sleep(Duration::from_millis(1)),
             }
-        })
-    }
-
-    /// Counts a line by its first letter.
-    fn count(&mut self, first: u8) {
-        match first {
-            b'R' => self.received += 1,
-            b'S' => self.sent += 1,
-            b'C' => self.closed += 1,
-            _ => self.observed += 1,
         }
-    }
-}
-
-impl std::fmt::Display for Log {
-    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(f, "{} received, {} sent, {} closed", self.received, self.sent, self.closed)
-    }
+    })
 }
 
 // ---- The clients ----
@@ -553,10 +497,10 @@ struct Measure {
     take: fn(&Server, &Options) -> Vec<f64>,
 }
 
+/// What a figure is of, in which unit, and whether a greater one is the better one.
 struct Row {
     title: &'static str,
     unit: &'static str,
-    /// Whether a greater figure is the better one.
     rate: bool,
 }
 
@@ -568,65 +512,51 @@ const fn cost(title: &'static str, unit: &'static str) -> Row {
     Row { title, unit, rate: false }
 }
 
+const fn measure(
+    name: &'static str,
+    rounds: fn(&Options) -> usize,
+    take: fn(&Server, &Options) -> Vec<f64>,
+    rows: &'static [Row],
+) -> Measure {
+    Measure { name, rows, rounds, take }
+}
+
+const CONNECTIONS: &[Row] = &[
+    rate("connections per second"),
+    cost("CPU per connection", "µs"),
+    cost("latency p50", "µs"),
+    cost("latency p99", "µs"),
+    cost("latency max", "µs"),
+];
+const MEMORY: &[Row] = &[
+    cost("resident memory, idle", "KiB"),
+    cost("per idle connection", "bytes"),
+    cost("after they left", "KiB"),
+];
 const MEASURES: &[Measure] = &[
-    Measure {
-        name: "size",
-        rows: &[cost("program", "bytes"), cost("what a pull transfers", "bytes")],
-        rounds: |_| 1,
-        take: size,
-    },
-    Measure {
-        name: "connections",
-        rows: &[
-            rate("connections per second"),
-            cost("CPU per connection", "µs"),
-            cost("latency p50", "µs"),
-            cost("latency p99", "µs"),
-            cost("latency max", "µs"),
-        ],
-        rounds: |options| options.rounds,
-        take: connections,
-    },
-    Measure {
-        name: "syscalls",
-        rows: &[cost("system calls per connection", "")],
-        rounds: |_| 1,
-        take: syscalls,
-    },
-    Measure {
-        name: "instructions",
-        rows: &[cost("instructions per connection", ""), cost("instructions per line", "")],
-        rounds: |_| 1,
-        take: instructions,
-    },
-    Measure {
-        name: "keep-open",
-        rows: &[rate("lines per second, --keep-open"), cost("CPU per line", "µs")],
-        rounds: |options| options.rounds,
-        take: |server, options| keep_open(server, Mode::KeepOpen, options),
-    },
-    Measure {
-        name: "quiet",
-        rows: &[rate("lines per second, -q"), cost("CPU per line, -q", "µs")],
-        rounds: |options| options.rounds,
-        take: |server, options| keep_open(server, Mode::Quiet, options),
-    },
-    Measure {
-        name: "memory",
-        rows: &[
-            cost("resident memory, idle", "KiB"),
-            cost("per idle connection", "bytes"),
-            cost("after they left", "KiB"),
-        ],
-        rounds: |options| options.rounds.min(3),
-        take: memory,
-    },
-    Measure {
-        name: "start",
-        rows: &[cost("start: exec to first echo", "ms")],
-        rounds: |options| options.counts.starts,
-        take: start,
-    },
+    measure("size", |_| 1, size, &[cost("program", "bytes"), cost("what a pull transfers", "bytes")]),
+    measure("connections", |options| options.rounds, connections, CONNECTIONS),
+    measure("syscalls", |_| 1, syscalls, &[cost("system calls per connection", "")]),
+    measure(
+        "instructions",
+        |_| 1,
+        instructions,
+        &[cost("instructions per connection", ""), cost("instructions per line", "")],
+    ),
+    measure(
+        "keep-open",
+        |options| options.rounds,
+        |server, options| keep_open(server, Mode::KeepOpen, options),
+        &[rate("lines per second, --keep-open"), cost("CPU per line", "µs")],
+    ),
+    measure(
+        "quiet",
+        |options| options.rounds,
+        |server, options| keep_open(server, Mode::Quiet, options),
+        &[rate("lines per second, -q"), cost("CPU per line, -q", "µs")],
+    ),
+    measure("memory", |options| options.rounds.min(3), memory, MEMORY),
+    measure("start", |options| options.counts.starts, start, &[cost("start: exec to first echo", "ms")]),
 ];
 
 /// The program as a file, and as the compressed layer of an image that holds nothing else.
@@ -646,22 +576,11 @@ fn connections(server: &Server, options: &Options) -> Vec<f64> {
     let count = options.counts.connections;
     let server = server.start(Mode::OneLine);
     drive_lines(&server, warm_up);
-    thread::sleep(SETTLE);
-    let (cpu, began) = (server.cpu(), Instant::now());
-    let mut latencies = drive_lines(&server, count);
-    let elapsed = began.elapsed();
-    thread::sleep(SETTLE);
-    let cpu = server.cpu() - cpu;
+    let (mut latencies, seconds, cpu) = server.timed(|| drive_lines(&server, count));
     server.stop(warm_up + count, warm_up + count);
     latencies.sort_unstable();
     let latency = |percent: usize| latencies[(count - 1) * percent / 100].as_secs_f64() * 1e6;
-    vec![
-        count as f64 / elapsed.as_secs_f64(),
-        cpu / 1e3 / count as f64,
-        latency(50),
-        latency(99),
-        latency(100),
-    ]
+    vec![count as f64 / seconds, cpu / count as f64, latency(50), latency(99), latency(100)]
 }
 
 /// System calls of a connection, all threads: those of a run less those of a run without any
@@ -670,13 +589,13 @@ fn syscalls(server: &Server, options: &Options) -> Vec<f64> {
     let count = options.counts.traced;
     let trace = |connections: usize| {
         // As the grandchild (-D): the server is our own child.
-        let strace = ["strace", "-D", "-f", "-c", "-o", "FILE"];
+        let strace = "strace -D -f -c -o FILE";
         let drive = |server: Running| {
             drive_lines(&server, connections);
             thread::sleep(SETTLE);
             server.stop(connections, connections);
         };
-        strace_counts(&server.counted(&strace, Mode::OneLine, drive, " total"))
+        strace_counts(&server.counted(strace, Mode::OneLine, drive, " total"))
     };
     let (without, mut with) = (trace(0), trace(count));
     for (name, calls) in &mut with {
@@ -706,21 +625,15 @@ fn strace_counts(counts: &str) -> BTreeMap<String, f64> {
 /// of a run without any. Those of a line hardly move from run to run; those of a connection by a tenth, with how
 /// often it has to wait.
 fn instructions(server: &Server, options: &Options) -> Vec<f64> {
-    let valgrind = [
-        "valgrind",
-        "-q",
-        "--tool=cachegrind",
-        "--cache-sim=no",
-        "--cachegrind-out-file=FILE",
-        "--log-file=/dev/null",
-    ];
+    let valgrind =
+        "valgrind -q --tool=cachegrind --cache-sim=no --cachegrind-out-file=FILE --log-file=/dev/null";
     let count = |mode: Mode, connections: usize, each: usize| -> f64 {
         let drive = |server: Running| {
             drive(&server, connections, mode == Mode::KeepOpen, |client| pipelined(client, each));
             thread::sleep(SETTLE);
             server.stop(connections * each, connections);
         };
-        let counts = server.counted(&valgrind, mode, drive, "summary: ");
+        let counts = server.counted(valgrind, mode, drive, "summary: ");
         counts.rsplit("summary: ").next().unwrap().trim().parse().unwrap()
     };
     let (connections, each) = (options.counts.traced, options.counts.traced / 2);
@@ -738,18 +651,10 @@ fn keep_open(server: &Server, mode: Mode, options: &Options) -> Vec<f64> {
     let lines = each * AT_ONCE;
     let server = server.start(mode);
     let scripts: Vec<Vec<u8>> = (0..AT_ONCE).map(|client| pipelined(client, each)).collect();
-    thread::sleep(SETTLE);
-    let (cpu, began) = (server.cpu(), Instant::now());
-    drive(&server, AT_ONCE, true, |client| scripts[client].clone());
-    let elapsed = began.elapsed();
-    thread::sleep(SETTLE);
-    let cpu = server.cpu() - cpu;
-    if mode == Mode::Quiet {
-        server.stop(0, 0);
-    } else {
-        server.stop(lines, AT_ONCE);
-    }
-    vec![lines as f64 / elapsed.as_secs_f64(), cpu / 1e3 / lines as f64]
+    let (_, seconds, cpu) = server.timed(|| drive(&server, AT_ONCE, true, |client| scripts[client].clone()));
+    let logged = usize::from(mode != Mode::Quiet);
+    server.stop(logged * lines, logged * AT_ONCE);
+    vec![lines as f64 / seconds, cpu / lines as f64]
 }
 
 /// Resident memory of a fresh server, what each idle connection adds, and what is left when all
@@ -831,11 +736,9 @@ fn take(
         }
     }
     for (nth, row) in measure.rows.iter().enumerate() {
-        let medians = turns.iter().map(|samples| {
-            let samples = samples.as_ref()?;
-            Some(median(samples.iter().map(|sample| sample[nth]).collect()))
-        });
-        figures.push(Figures { row, medians: medians.collect() });
+        let of = |samples: &Vec<Vec<f64>>| median(samples.iter().map(|sample| sample[nth]).collect());
+        figures
+            .push(Figures { row, medians: turns.iter().map(|samples| samples.as_ref().map(of)).collect() });
     }
     complete
 }
@@ -874,21 +777,19 @@ fn ratios(servers: &[Server], figures: &Figures) -> [Option<f64>; 3] {
 
 /// A markdown table whose columns also line up in a terminal.
 fn table(servers: &[Server], figures: &[Figures], notes: &[String]) -> String {
-    let mut head = vec![String::new()];
-    head.extend(servers.iter().map(|server| server.name.to_string()));
-    head.extend(["cost, C = 1", "cost, before = 1", "gain on Python"].map(String::from));
-    let mut lines = vec![head];
-    for figures in figures {
-        let mut line = vec![figures.row.title()];
-        line.extend(figures.medians.iter().map(|figure| figure.map_or("–".into(), number)));
-        line.extend(ratios(servers, figures).map(|ratio| ratio.map_or("–".into(), times)));
-        lines.push(line);
-    }
+    let ratio_names = ["cost, C = 1", "cost, before = 1", "gain on Python"];
+    let names = servers.iter().map(|server| server.name).chain(ratio_names);
+    let mut lines = vec![iter::once("").chain(names).map(String::from).collect::<Vec<_>>()];
+    lines.extend(figures.iter().map(|figures| {
+        let cells = figures.medians.iter().map(|figure| figure.map(number));
+        let cells = cells.chain(ratios(servers, figures).map(|ratio| ratio.map(times)));
+        let cells = cells.map(|cell| cell.unwrap_or("–".into()));
+        iter::once(figures.row.title()).chain(cells).collect()
+    }));
     let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max();
     let widths: Vec<usize> = (0..lines[0].len()).flat_map(width).collect();
-    let rule = |width: &usize| "-".repeat(*width - 1) + ":";
-    lines.insert(1, widths.iter().map(rule).collect());
-    lines[1][0] = "-".repeat(widths[0]);
+    let rule = |(nth, width): (usize, &usize)| "-".repeat(width - nth.min(1)) + &":"[..nth.min(1)];
+    lines.insert(1, widths.iter().enumerate().map(rule).collect());
     let mut table = String::new();
     for line in lines {
         let _ = write!(table, "| {:1$} |", line[0], widths[0]);
@@ -897,36 +798,27 @@ fn table(servers: &[Server], figures: &[Figures], notes: &[String]) -> String {
         }
         table.push('\n');
     }
-    table.push('\n');
-    for note in notes {
-        let _ = writeln!(table, "{note}");
-    }
-    table
+    table + "\n" + &notes.join("\n") + "\n"
 }
 
 /// What a reader must know to take the same figures again.
 fn notes(options: &Options) -> Vec<String> {
     let Counts { connections, traced, lines, idle, starts } = options.counts;
-    let [connections, traced, lines, idle] =
-        [connections, traced, lines, idle].map(|count| number(count as f64));
+    let [connections, traced, lines, idle] = [connections, traced, lines, idle].map(|n| number(n as f64));
     let read = |file: &str| fs::read_to_string(file).unwrap_or_default();
     let cpus = read("/proc/cpuinfo");
-    let models: Vec<&str> = cpus
-        .lines()
-        .filter_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map(|(_, model)| model)
-        .collect();
+    let model = cpus.lines().find_map(|line| Some(line.strip_prefix("model name")?.split_once(": ")?.1));
     vec![
         format!(
-            "{connections} connections ({traced} under strace and valgrind), {AT_ONCE} at a time; {lines} lines \
-             over {AT_ONCE} connections; {idle} idle ones; {starts} starts."
+            "{connections} connections ({traced} under strace and valgrind), {AT_ONCE} at a time; \
+             {lines} lines over {AT_ONCE} connections; {idle} idle ones; {starts} starts."
         ),
         format!(
             "Medians of {} round(s) over loopback; Linux {}, {} × {}.",
             options.rounds,
             read("/proc/sys/kernel/osrelease").trim(),
             thread::available_parallelism().map_or(1, usize::from),
-            models.first().unwrap_or(&env::consts::ARCH)
+            model.unwrap_or(env::consts::ARCH)
         ),
         "Cost: how many times the C floor's, or the earlier binary's. Gain: how many times better than \
          Python's. Both of the image, where it is measured."
@@ -950,16 +842,13 @@ fn number(figure: f64) -> String {
         below if below < 99.95 => 1,
         _ => 0,
     };
-    let plain = format!("{figure:.decimals$}");
-    let whole = plain.find('.').unwrap_or(plain.len());
-    let mut grouped = String::new();
-    for (nth, digit) in plain.char_indices() {
-        if nth > 0 && nth < whole && (whole - nth) % 3 == 0 && !grouped.ends_with('-') {
-            grouped.push(',');
-        }
-        grouped.push(digit);
+    let mut text = format!("{figure:.decimals$}");
+    let first = usize::from(figure < 0.0) + 1;
+    let whole = text.find('.').unwrap_or(text.len());
+    for nth in (first..whole).rev().filter(|nth| (whole - nth) % 3 == 0) {
+        text.insert(nth, ',');
     }
-    grouped
+    text
 }
 
 fn times(ratio: f64) -> String {
@@ -975,67 +864,49 @@ fn chart(servers: &[Server], figures: &[Figures], notes: &[String]) -> String {
     const TOP: usize = 30;
     let panel_height = 36 + LINE * servers.len();
     let height = TOP + figures.len().div_ceil(2) * panel_height + LINE * notes.len() + 10;
+    let width = 2 * PANEL;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
-         viewBox=\"0 0 {width} {height}\" \
-         font-family=\"system-ui,sans-serif\" font-size=\"12\">\n\
+         viewBox=\"0 0 {width} {height}\" font-family=\"system-ui,sans-serif\" font-size=\"12\">\n\
          <title>What a connection costs</title>\n\
          <style>text{{fill:#6e7781}}.t{{font-weight:600}}.r{{text-anchor:end}}\
          .a{{fill:#1f7ae0}}.b{{fill:#6f5bd6}}.c{{fill:#818b98}}.d{{fill:#d9822b}}.e{{fill:#2f9e6e}}\
-         @media(prefers-color-scheme:dark){{text{{fill:#adb5be}}}}</style>\n",
-        width = 2 * PANEL
+         @media(prefers-color-scheme:dark){{text{{fill:#adb5be}}}}</style>\n"
     );
-    let class = |server: &Server| match server.kind {
-        Kind::Ours => 'a',
-        Kind::Image => 'b',
-        Kind::Before => 'e',
-        Kind::Floor => 'c',
-        Kind::Python => 'd',
-    };
     for (nth, server) in servers.iter().enumerate() {
-        let (x, name) = (90 * nth, server.name);
-        let _ = writeln!(
-            svg,
-            "<rect class=\"{}\" x=\"{x}\" y=\"4\" width=\"10\" height=\"10\"/>\
-             <text x=\"{}\" y=\"13\">{name}</text>",
-            class(server),
-            x + 15
+        let (class, x, text_x, name) = (server.class, 90 * nth, 90 * nth + 15, server.name);
+        svg += &format!(
+            "<rect class=\"{class}\" x=\"{x}\" y=\"4\" width=\"10\" height=\"10\"/>\
+             <text x=\"{text_x}\" y=\"13\">{name}</text>\n"
         );
     }
     for (nth, figures) in figures.iter().enumerate() {
-        let (x, y) = (nth % 2 * PANEL, TOP + nth / 2 * panel_height);
-        let [cost, before, gain] = ratios(servers, figures);
-        let cost = cost.map(|ratio| format!("{} C", times(ratio)));
-        let before = before.map(|ratio| format!("{} before", times(ratio)));
-        let gain = gain.map(|ratio| format!("gain {}", times(ratio)));
-        let ratios: Vec<String> = [cost, before, gain].into_iter().flatten().collect();
-        let _ = writeln!(
-            svg,
-            "<g transform=\"translate({x} {y})\"><text class=\"t\" y=\"12\">{}</text>\
-             <text class=\"r\" x=\"{}\" y=\"12\">{}</text>",
-            figures.row.title(),
-            PANEL - 30,
-            ratios.join(" · ")
+        let (x, y, right, title) =
+            (nth % 2 * PANEL, TOP + nth / 2 * panel_height, PANEL - 30, figures.row.title());
+        let [cost, before, gain] = ratios(servers, figures).map(|ratio| ratio.map(times));
+        let [cost, before] =
+            [(cost, "C"), (before, "before")].map(|(ratio, one)| ratio.map(|ratio| format!("{ratio} {one}")));
+        let ratios = [cost, before, gain.map(|gain| format!("gain {gain}"))];
+        let ratios = ratios.into_iter().flatten().collect::<Vec<_>>().join(" · ");
+        svg += &format!(
+            "<g transform=\"translate({x} {y})\"><text class=\"t\" y=\"12\">{title}</text>\
+             <text class=\"r\" x=\"{right}\" y=\"12\">{ratios}</text>\n"
         );
         let longest = figures.medians.iter().flatten().fold(0.0, |a: f64, &b| a.max(b));
         for (nth, (server, figure)) in servers.iter().zip(&figures.medians).enumerate() {
             let Some(figure) = *figure else { continue };
             let width = (BAR as f64 * figure / longest).max(1.0);
-            let y = 18 + LINE * nth;
-            let _ = writeln!(
-                svg,
-                "<rect class=\"{}\" y=\"{y}\" width=\"{width:.0}\" height=\"11\"/>\
-                 <text x=\"{:.0}\" y=\"{}\">{}</text>",
-                class(server),
-                width + 5.0,
-                y + 10,
-                number(figure)
+            let (class, y, text_x) = (server.class, 18 + LINE * nth, width + 5.0);
+            let (text_y, number) = (y + 10, number(figure));
+            svg += &format!(
+                "<rect class=\"{class}\" y=\"{y}\" width=\"{width:.0}\" height=\"11\"/>\
+                 <text x=\"{text_x:.0}\" y=\"{text_y}\">{number}</text>\n"
             );
         }
-        svg.push_str("</g>\n");
+        svg += "</g>\n";
     }
     for (nth, note) in notes.iter().rev().enumerate() {
-        let _ = writeln!(svg, "<text y=\"{}\">{note}</text>", height - 8 - LINE * nth);
+        svg += &format!("<text y=\"{}\">{note}</text>\n", height - 8 - LINE * nth);
     }
     svg + "</svg>\n"
 }

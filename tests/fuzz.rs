@@ -5,10 +5,11 @@
 //! SMOLRX_FUZZ=60 cargo test --test fuzz    # a minute
 //! ```
 //!
-//! The server's own code runs here, in one thread, on one end of a socket pair; the test is the client at the
-//! other end, the observer and the terminal. It sends a chunk once the server has done all it can with the one
-//! before, so that an input has one outcome, which must be what a plain model says. Proptest makes the inputs;
-//! what fails is shrunk, and kept in `tests/fuzz.regressions` to be tried first from then on.
+//! What comes of an input must be what a plain model says. The server's own code runs here, in one thread, on one
+//! end of a socket pair; the test is the client at the other end, the observer and the terminal, and sends a chunk
+//! once the server has done all it can with the one before. The real binary gets such inputs over TCP, with pauses.
+//! Proptest makes the inputs; what fails is shrunk, and kept in `tests/fuzz.regressions` to be tried first from
+//! then on.
 
 mod common;
 #[allow(dead_code)]
@@ -23,9 +24,10 @@ use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::pin::pin;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{CLOSE, PATIENCE, conversation, setting, shown};
+use common::{BAD_REQUEST, CLOSE, PATIENCE, calm, conversation, is_hostile, ms, observed, setting, shown};
 use futures_lite::{StreamExt, future};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
@@ -76,12 +78,14 @@ fn pieces() -> impl Strategy<Value = Vec<Result<Vec<u8>, usize>>> {
     prop::collection::vec(piece, 0..12)
 }
 
-fn inputs() -> impl Strategy<Value = Input> {
+fn inputs(
+    keep_open: impl Strategy<Value = bool>,
+    max_line: impl Strategy<Value = usize>,
+) -> impl Strategy<Value = Input> {
     // So many cuts part a short input into bytes.
     let cuts = prop_oneof![3 => 0..5usize, 1 => Just(60)];
     let cuts = cuts.prop_flat_map(|count| prop::collection::vec(any::<Index>(), count));
-    let max_line = prop_oneof![30 => lengths(), 1 => Just(65_536)]; // the longest takes long
-    (any::<bool>(), max_line, pieces(), cuts).prop_map(|(keep_open, max_line, pieces, cuts)| {
+    (keep_open, max_line, pieces(), cuts).prop_map(|(keep_open, max_line, pieces, cuts)| {
         let mut bytes = Vec::new();
         for piece in pieces {
             bytes.extend(piece.unwrap_or_else(|beyond| {
@@ -137,8 +141,10 @@ struct Outcome {
     latest: Option<String>,
 }
 
-/// The client, as the server sees it.
-const PEER: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 1);
+/// The address of a client with this port.
+fn peer(port: u16) -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, port).into()
+}
 
 /// Three words: capitals, a target, a version. Words are parted by blanks, and none comes before them.
 fn is_http(line: &[u8]) -> bool {
@@ -152,23 +158,23 @@ fn is_http(line: &[u8]) -> bool {
 }
 
 /// The model: lines end after `\n`, and what is left at the end is one more.
-fn expected(input: &Input) -> Outcome {
+fn expected(input: &Input, peer: SocketAddr) -> Outcome {
     let mut outcome = Outcome::default();
     let mut echo = Vec::new();
     for line in input.chunks.concat().split_inclusive(|&byte| byte == b'\n') {
         if line.len() > input.max_line {
             let limit = input.max_line;
             outcome.stderr =
-                format!("smolrx: line from {PEER} is longer than {limit} bytes; --max-line allows more\n");
+                format!("smolrx: line from {peer} is longer than {limit} bytes; --max-line allows more\n");
             break;
         }
         if is_http(line) {
-            outcome.stderr = format!("smolrx: {PEER} sent HTTP; send a line, for example by nc\n");
-            echo.extend(b"HTTP/1.1 400 Bad Request\r\n");
+            outcome.stderr = format!("smolrx: {peer} sent HTTP; send a line, for example by nc\n");
+            echo.extend(BAD_REQUEST);
             break;
         }
         echo.extend(line);
-        let [received, sent, _] = conversation(&shown(line), PEER.port());
+        let [received, sent, _] = conversation(&shown(line), peer.port());
         outcome.stdout += &format!("{received}\n{sent}\n");
         outcome.latest = Some(shown(line));
         if !input.keep_open {
@@ -195,11 +201,7 @@ impl Bench {
         let server = self.0.remove(&options).unwrap_or_else(|| start(&options));
         let mut outcome = smol::block_on(talk(server, input));
         self.0.insert(options, server);
-        let expected = expected(input);
-        if expected.stderr.contains("sent HTTP") {
-            // How it goes on is the business of another test.
-            outcome.echo.truncate(expected.echo.len());
-        }
+        let expected = expected(input, peer(1));
         if expected.echo.is_empty() {
             // Nothing was answered: who is refused may be cut off.
             outcome.failure = None;
@@ -222,7 +224,7 @@ async fn talk(server: &'static Server, input: &Input) -> Outcome {
     client.set_nonblocking(true).unwrap();
     socket.set_nonblocking(true).unwrap();
     set_socket_send_buffer_size(&socket, 4096).unwrap(); // a long echo goes in parts
-    server.handle_client(TcpStream::from(OwnedFd::from(socket)), PEER);
+    server.handle_client(TcpStream::from(OwnedFd::from(socket)), peer(1));
 
     let (mut outcome, mut echo) = (Outcome::default(), Vec::new());
     let mut turn = async |client: &mut UnixStream| {
@@ -278,20 +280,64 @@ fn bytes_become_text_as_the_model_says() {
         bench.borrow_mut().check(&input).unwrap_or_else(|failure| panic!("{input:?}: {failure}"));
     }
 
-    let (start, time) = (Instant::now(), Duration::from_secs(setting("SMOLRX_FUZZ", 2)));
-    let mut executions = 0;
-    while start.elapsed() < time {
-        for_any(500, inputs(), |input| bench.borrow_mut().check(&input));
-        executions += 500;
+    let max_line = prop_oneof![30 => lengths(), 1 => Just(65_536)]; // the longest takes long
+    fuzz(setting("SMOLRX_FUZZ", 2), 500, inputs(any::<bool>(), max_line), |input| {
+        bench.borrow_mut().check(&input)
+    });
+}
+
+/// The real binary does what the model says over TCP as well, whatever the pauses between the chunks are.
+#[test]
+fn bytes_over_tcp_become_text_as_the_model_says() {
+    for (keep_open, max_line) in [(true, 2048), (false, 2048), (true, 12)] {
+        let inputs = inputs(Just(keep_open), Just(max_line));
+        let pauses = prop::collection::vec(prop_oneof![3 => Just(0), 1 => 1..4u64], 7);
+        let longest = max_line.to_string();
+        let options = [&["--max-line", &*longest], &["--keep-open"][..usize::from(keep_open)]].concat();
+        let mut server = common::Server::start(&calm(&options));
+        let latest = RefCell::new(String::from("0"));
+        fuzz(setting("SMOLRX_FUZZ", 2) / 3, 120, (inputs, pauses), |(input, pauses)| {
+            let outputs = [&server.stdout, &server.stderr];
+            let before = outputs.map(|output| output.wait_until("lines", |lines| Some(lines.len())));
+            let mut client = server.connect();
+            for (chunk, pause) in input.chunks.iter().zip(pauses.iter().cycle()) {
+                // The server may close while the client still sends.
+                if client.0.write_all(chunk).is_err() {
+                    break;
+                }
+                thread::sleep(ms(*pause));
+            }
+            let _ = client.0.shutdown(Shutdown::Write);
+            let expected = expected(&input, peer(client.port()));
+            let echo = client.until_closed().escape_ascii().to_string();
+            if expected.stderr.contains("longer") {
+                // What had not reached the client when the connection was cut may be missing at the end.
+                prop_assert!(expected.echo.starts_with(&echo), "echoed: {echo}");
+            } else {
+                prop_assert_eq!(echo, expected.echo);
+            }
+            for ((output, before), text) in outputs.iter().zip(before).zip([expected.stdout, expected.stderr])
+            {
+                let expected: Vec<&str> = text.lines().collect();
+                let are_there = |lines: &[String]| {
+                    (lines.len() >= before + expected.len()).then(|| lines[before..].to_vec())
+                };
+                let lines = output.wait_until("as many lines as expected", are_there);
+                prop_assert!(!lines.iter().any(|line| line.contains(is_hostile)));
+                prop_assert_eq!(lines, expected);
+            }
+            latest.replace_with(|latest| expected.latest.unwrap_or(latest.clone()));
+            Ok(())
+        });
+        assert_eq!(observed(&server.stop().stdout), [latest.into_inner()], "{options:?}");
     }
-    let rate = f64::from(executions) / start.elapsed().as_secs_f64();
-    // Not `println!`, which is heard of a test that fails only.
-    let _ = writeln!(io::stdout(), "fuzz: {executions} executions, {rate:.0}/s");
 }
 
 /// What chance seldom makes: lines of tens of kilobytes, and what once failed.
 const CASES: &[(bool, usize, &[&[u8]])] = &[
     (false, 2048, &[]),
+    (true, 2048, &[]),
+    (false, 2048, &[b"one\nGET / HTTP/1.1\r\n\r\n"]),
     (false, 2048, &[b"foo\n", b"bar\n", b"baz"]),
     (false, 2048, &[b"foo\nx", &[b'x'; 5000]]),
     (false, 12, &[&[b'x'; 13], b"foo\n"]),
@@ -317,22 +363,32 @@ fn addresses_become_text_as_std_has_it() {
         3 => prop::array::uniform8(group).prop_map(IpAddr::from),
         1 => any::<u32>().prop_map(|ip| Ipv4Addr::from(ip).to_ipv6_mapped().into()),
     ];
-    for_any(20_000, (ip, any::<u16>()).prop_map(SocketAddr::from), |address| {
+    fuzz(0, 20_000, (ip, any::<u16>()).prop_map(SocketAddr::from), |address| {
         let expected = SocketAddr::new(address.ip().to_canonical(), address.port()).to_string();
         prop_assert_eq!(smolrx::text::address_text(address), expected);
         Ok(())
     });
 }
 
-/// Checks so many cases; what fails is shrunk, said and kept.
-fn for_any<S: Strategy>(cases: u32, cases_of: S, check: impl Fn(S::Value) -> Result<(), TestCaseError>) {
-    let config = ProptestConfig {
-        cases,
-        max_shrink_time: 20_000, // ms
-        source_file: Some(file!()),
-        failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
-        ..ProptestConfig::default()
-    };
-    let result = TestRunner::new(config).run(&cases_of, check);
-    result.unwrap_or_else(|failure| panic!("{failure}"));
+/// Checks so many cases at a time, for so many seconds; what fails is shrunk, said and kept.
+fn fuzz<S: Strategy>(seconds: u64, cases: u32, of: S, check: impl Fn(S::Value) -> Result<(), TestCaseError>) {
+    let start = Instant::now();
+    for round in 1.. {
+        let config = ProptestConfig {
+            cases,
+            max_shrink_time: 20_000, // ms
+            source_file: Some(file!()),
+            failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
+            ..ProptestConfig::default()
+        };
+        TestRunner::new(config).run(&of, &check).unwrap_or_else(|failure| panic!("{failure}"));
+        let time = start.elapsed();
+        if time >= Duration::from_secs(seconds) {
+            let (test, executions) = (thread::current(), round * cases);
+            let rate = f64::from(executions) / time.as_secs_f64();
+            // Not `println!`, which is heard of a test that fails only.
+            let _ = writeln!(io::stdout(), "{}: {executions} executions, {rate:.0}/s", test.name().unwrap());
+            return;
+        }
+    }
 }

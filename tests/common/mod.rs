@@ -4,18 +4,20 @@
 //! Nothing here sleeps to wait for something to be true: it waits for the thing itself, with a deadline.
 #![allow(dead_code)] // each test file is a crate of its own and uses its own part
 
+use nix::sched::{CloneFlags, unshare};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, sockopt};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcsetattr};
+use std::collections::VecDeque;
 use std::env;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::ops::Deref;
-use std::os::fd::{AsFd, OwnedFd};
+use std::ops::{Deref, DerefMut};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -30,6 +32,10 @@ pub const CALM: [&str; 2] = ["--interval", "600000"];
 
 /// The transcript's line at the end of a connection.
 pub const CLOSE: &str = "Close the client socket";
+
+/// What a client that speaks HTTP is told.
+pub const BAD_REQUEST: &[u8] =
+    b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nsend a line, for example by nc\n";
 
 /// These options, and a clock that keeps out of the way.
 pub fn calm<'a>(options: &[&'a str]) -> Vec<&'a str> {
@@ -58,14 +64,11 @@ pub fn skip(reason: impl std::fmt::Display) {
     let _ = writeln!(io::stderr(), "SKIPPED: {test}: {reason}");
 }
 
-/// Whether the program under test is run by an emulator (a script starts it), which takes longer for everything.
-fn is_emulated() -> bool {
-    fs::read(binary()).is_ok_and(|file| file.starts_with(b"#!"))
-}
-
-/// The process has ended six seconds after the signal; and a moment for the test to see it.
+/// How long a process may take to end after the signal: six seconds and a moment for the test to see it, or more
+/// where a script starts an emulator, which takes longer for everything.
 pub fn stop_limit() -> Duration {
-    if is_emulated() { ms(8000) } else { ms(6250) }
+    let is_emulated = fs::read(binary()).is_ok_and(|file| file.starts_with(b"#!"));
+    if is_emulated { ms(8000) } else { ms(6250) }
 }
 
 /// The value of a setting in the environment, or what it is by default.
@@ -120,10 +123,8 @@ pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) 
 pub fn program(options: &[&str]) -> Command {
     let mut command = Command::new(binary());
     command.args(options);
-    // glibc: no second arena for the second thread, which would grow at a time of its own.
-    command.env("MALLOC_ARENA_MAX", "1");
-    // Nor does it keep what is large, like musl in the image.
-    command.env("MALLOC_MMAP_THRESHOLD_", "131072");
+    // glibc, like musl in the image: no second arena, which would grow at a time of its own, and nothing large kept.
+    command.env("MALLOC_ARENA_MAX", "1").env("MALLOC_MMAP_THRESHOLD_", "131072");
     command
 }
 
@@ -156,10 +157,7 @@ pub fn program_of_nobody(options: &[&str]) -> Option<(Command, Scratch)> {
 /// Whether this machine lacks the address `::1`; then it says what is skipped.
 pub fn no_ipv6(what: &str) -> bool {
     let refusal = TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).err();
-    if let Some(reason) = &refusal {
-        skip(format!("{what}: no IPv6 loopback here: {reason}"));
-    }
-    refusal.is_some()
+    refusal.inspect(|reason| skip(format!("{what}: no IPv6 loopback here: {reason}"))).is_some()
 }
 
 /// Why a command that asks for a privilege or a tool fails; none if it does not.
@@ -174,26 +172,17 @@ pub fn refusal(command: &mut Command) -> Option<String> {
 /// Runs a part of a test in a network of its own, with only a loopback interface, on which a shell
 /// has run `setup`; where that can't be, the test is skipped.
 pub fn in_a_network_of_its_own(setup: &str, body: impl FnOnce() + Send) {
-    let mut command = Command::new("unshare");
-    command.args(["--net", "sh", "-ec"]);
-    command.arg(format!("ip link set lo up; {setup}\necho ready; read -r _ || true"));
-    if let Some(reason) = refusal(&mut command) {
-        skip(format!("no network of its own: {reason}"));
-        return;
-    }
-    let mut holder = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    holder.stdout.take().unwrap().read_exact(&mut [0; 6]).expect("`ready`");
-    let network = File::open(format!("/proc/{}/ns/net", holder.id())).unwrap();
-    drop(holder.stdin.take());
-    holder.wait().unwrap();
     // A thread has its own idea of what its network is, and what it starts inherits that.
-    thread::scope(|scope| {
-        let inside = scope.spawn(move || {
-            move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
-            body();
-        });
-        inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    });
+    let inside = || {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|error| error.to_string())?;
+        let setup = format!("ip link set lo up; {setup}");
+        refusal(Command::new("sh").args(["-ec", &setup])).map_or(Ok(()), Err)?;
+        body();
+        Ok(())
+    };
+    let outcome: Result<(), String> = thread::scope(|scope| scope.spawn(inside).join())
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    outcome.unwrap_or_else(|reason| skip(format!("no network of its own: {reason}")));
 }
 
 fn binary() -> PathBuf {
@@ -213,7 +202,7 @@ pub struct Process {
     pub stderr: Transcript,
 }
 
-/// How a program ended, and all that it said.
+/// How a program ended, and the lines that it said.
 #[derive(Debug)]
 pub struct Exit {
     /// The exit code; none if a signal killed it.
@@ -222,9 +211,7 @@ pub struct Exit {
     pub signal: Option<i32>,
     /// The time from start to end.
     pub lifetime: Duration,
-    /// Lines of standard output.
     pub stdout: Vec<String>,
-    /// Lines of standard error.
     pub stderr: Vec<String>,
 }
 
@@ -244,8 +231,8 @@ impl Process {
     pub fn spawn_with_output(mut command: Command) -> Self {
         command.stdin(Stdio::null());
         let mut child = command.spawn().expect("the program under test starts");
-        let stdout = child.stdout.take().map_or_else(Transcript::ended, Transcript::of);
-        let stderr = child.stderr.take().map_or_else(Transcript::ended, Transcript::of);
+        let stdout = child.stdout.take().map_or_else(|| Transcript::of(io::empty()), Transcript::of);
+        let stderr = child.stderr.take().map_or_else(|| Transcript::of(io::empty()), Transcript::of);
         Self { child, started: Instant::now(), stdout, stderr }
     }
 
@@ -268,11 +255,7 @@ impl Process {
     pub fn suspend(&self) {
         self.signal(Signal::STOP);
         eventually(PATIENCE, "all its threads are stopped", || {
-            let mut tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-            tasks.all(|task| {
-                let stat = fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
-                stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
-            })
+            self.tasks("stat").iter().all(|stat| stat.rsplit(") ").next().unwrap().starts_with('T'))
         });
     }
 
@@ -292,17 +275,13 @@ impl Process {
 
     /// Waits for the end, which must come within the deadline.
     pub fn exited(&mut self, within: Duration) -> Exit {
-        let deadline = Instant::now() + within;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            if Instant::now() > deadline {
-                panic!("still running after {within:?}\n{:?}\n{:?}", self.stdout, self.stderr);
-            }
+        let start = Instant::now();
+        while self.is_running() {
+            let said = (&self.stdout, &self.stderr);
+            assert!(start.elapsed() < within, "still running after {within:?}\n{said:?}");
             thread::sleep(ms(2));
-        };
-        let lifetime = self.started.elapsed();
+        }
+        let (status, lifetime) = (self.child.wait().unwrap(), self.started.elapsed());
         self.stdout.resume();
         Exit {
             code: status.code(),
@@ -333,14 +312,24 @@ impl Process {
 
     // What /proc says of it.
 
-    fn proc(&self, file: &str) -> String {
-        let path = format!("/proc/{}/{file}", self.child.id());
-        fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"))
+    fn proc(&self, file: &str) -> PathBuf {
+        format!("/proc/{}/{file}", self.id()).into()
+    }
+
+    /// A file of each of its threads.
+    fn tasks(&self, file: &str) -> Vec<String> {
+        let tasks = fs::read_dir(self.proc("task")).unwrap();
+        tasks.map(|task| fs::read_to_string(task.unwrap().path().join(file)).unwrap()).collect()
+    }
+
+    /// The descriptors that are open, by their numbers.
+    fn open_descriptors(&self) -> Vec<PathBuf> {
+        fs::read_dir(self.proc("fd")).unwrap().map(|descriptor| descriptor.unwrap().path()).collect()
     }
 
     /// A line of a file of `name: value` lines.
     pub fn proc_field(&self, file: &str, name: &str) -> String {
-        let text = self.proc(file);
+        let text = fs::read_to_string(self.proc(file)).unwrap();
         let line = text.lines().find(|line| line.starts_with(name));
         line.unwrap_or_else(|| panic!("no {name} in {file}:\n{text}"))[name.len()..].trim().into()
     }
@@ -354,14 +343,14 @@ impl Process {
 
     /// The number of open descriptors.
     pub fn descriptors(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+        self.open_descriptors().len()
     }
 
     /// The limit of descriptors with which it would have so many left; a gap among those that it has counts as one.
     fn descriptor_limit_that_leaves(&self, left: usize) -> usize {
-        let directory = format!("/proc/{}/fd", self.child.id());
-        let open: Vec<_> = fs::read_dir(directory).unwrap().map(|fd| fd.unwrap().file_name()).collect();
-        (0..).filter(|number| !open.contains(&number.to_string().into())).nth(left).unwrap()
+        let open = self.open_descriptors();
+        let is_free = |number: &usize| !open.contains(&self.proc(&format!("fd/{number}")));
+        (0..).filter(is_free).nth(left).unwrap()
     }
 
     pub fn threads(&self) -> u64 {
@@ -375,19 +364,12 @@ impl Process {
         (words.next().unwrap(), words.next().unwrap())
     }
 
-    /// Time spent on a processor by all its threads, and how often they left it.
+    /// Time spent on a processor by all its threads, and how often they came to one.
     pub fn activity(&self) -> (Duration, u64) {
-        let mut cpu = Duration::ZERO;
-        let mut switches = 0;
-        for task in fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap() {
-            let file = |name| fs::read_to_string(task.as_ref().unwrap().path().join(name)).unwrap();
-            let schedstat = file("schedstat");
-            cpu += Duration::from_nanos(schedstat.split(' ').next().unwrap().parse().unwrap());
-            for line in file("status").lines().filter(|line| line.contains("ctxt_switches:")) {
-                switches += line.split_whitespace().last().unwrap().parse::<u64>().unwrap();
-            }
-        }
-        (cpu, switches)
+        let word = |stat: &str, n| stat.split_whitespace().nth(n).unwrap().parse::<u64>().unwrap();
+        let add = |(time, turns), stat: &String| (time + word(stat, 0), turns + word(stat, 2));
+        let (nanoseconds, turns) = self.tasks("schedstat").iter().fold((0, 0), add);
+        (Duration::from_nanos(nanoseconds), turns)
     }
 
     /// The loopback address it listens on, for when it does not say.
@@ -399,21 +381,25 @@ impl Process {
     pub fn listening_port(&self) -> u16 {
         let mut found = None;
         eventually(PATIENCE, "it listens", || {
-            let sockets: Vec<String> = fs::read_dir(format!("/proc/{}/fd", self.child.id()))
-                .unwrap()
-                .filter_map(|fd| fs::read_link(fd.unwrap().path()).ok())
-                .filter_map(|link| Some(link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.into()))
-                .collect();
-            // sl local_address rem_address st ... inode (the tenth); state 0A is LISTEN
-            found = self.proc("net/tcp").lines().skip(1).find_map(|line| {
-                let field: Vec<&str> = line.split_whitespace().collect();
-                let ours = field[3] == "0A" && sockets.iter().any(|inode| inode == field[9]);
+            let descriptors = self.open_descriptors();
+            let links: Vec<_> = descriptors.iter().filter_map(|path| fs::read_link(path).ok()).collect();
+            // State 0A is LISTEN.
+            found = find_socket(&self.proc("net/tcp"), " 0A ", |field| {
+                let ours = links.contains(&format!("socket:[{}]", field[9]).into());
                 ours.then(|| u16::from_str_radix(field[1].split(':').nth(1).unwrap(), 16).unwrap())
             });
             found.is_some()
         });
         found.unwrap()
     }
+}
+
+/// What is found at the first TCP socket that gives an answer, of those whose lines contain this text:
+/// sl local_address rem_address st tx_queue:rx_queue ... inode (the tenth).
+fn find_socket<T>(file: &Path, text: &str, answer: impl Fn(&[&str]) -> Option<T>) -> Option<T> {
+    let sockets = fs::read_to_string(file).unwrap();
+    let mut lines = sockets.lines().filter(|line| line.contains(text));
+    lines.find_map(|line| answer(&line.split_whitespace().collect::<Vec<_>>()))
 }
 
 impl Drop for Process {
@@ -468,14 +454,14 @@ impl Server {
     /// With descriptors for so many clients, and no more.
     pub fn start_with_descriptors_for(clients: usize) -> Self {
         // How many it needs itself depends on who else has the name by which probes without options ask.
-        let mut limit = 100;
+        let mut enough = 100;
         loop {
+            let limit = enough;
             let server = Self::start_after(&format!("ulimit -n {limit}"), &CALM);
-            let enough = server.descriptor_limit_that_leaves(clients);
+            enough = server.descriptor_limit_that_leaves(clients);
             if enough == limit {
                 return server;
             }
-            limit = enough;
         }
     }
 
@@ -550,7 +536,7 @@ impl Deref for Server {
     }
 }
 
-impl std::ops::DerefMut for Server {
+impl DerefMut for Server {
     fn deref_mut(&mut self) -> &mut Process {
         &mut self.process
     }
@@ -559,7 +545,7 @@ impl std::ops::DerefMut for Server {
 // -------------------------------------------------------------- what it says
 
 /// What a program writes, line by line, as a thread reads it.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Transcript(Arc<(Mutex<Reading>, Condvar)>);
 
 #[derive(Default)]
@@ -572,44 +558,34 @@ struct Reading {
 }
 
 impl Transcript {
-    fn ended() -> Self {
-        Self(Arc::new((Mutex::new(Reading { ended: true, ..Reading::default() }), Condvar::new())))
+    pub fn of(source: impl Read + Send + 'static) -> Self {
+        let transcript = Self::of_paused(source);
+        transcript.resume();
+        transcript
     }
 
     /// As `of`, but nothing is read before it is told to resume.
-    pub fn of_paused(source: impl Read + Send + 'static) -> Self {
-        Self::read_by_a_thread(source, true)
-    }
-
-    pub fn of(source: impl Read + Send + 'static) -> Self {
-        Self::read_by_a_thread(source, false)
-    }
-
-    fn read_by_a_thread(mut source: impl Read + Send + 'static, paused: bool) -> Self {
-        let transcript =
-            Self(Arc::new((Mutex::new(Reading { paused, ..Reading::default() }), Condvar::new())));
+    pub fn of_paused(mut source: impl Read + Send + 'static) -> Self {
+        let transcript = Self::default();
+        transcript.pause();
         let reader = transcript.clone();
         thread::spawn(move || {
             let mut chunk = [0; 4096];
-            loop {
+            let mut length = 1;
+            while length > 0 {
                 drop(reader.wait_while(PATIENCE * 100, |reading| reading.paused));
-                let length = source.read(&mut chunk).unwrap_or(0);
+                length = source.read(&mut chunk).unwrap_or(0);
                 let mut reading = reader.lock();
-                for &byte in &chunk[..length] {
-                    if byte == b'\n' {
-                        let line = std::mem::take(&mut reading.partial);
-                        reading
-                            .lines
-                            .push(String::from_utf8(line).unwrap_or_else(|e| format!("not UTF-8: {e}")));
-                    } else {
-                        reading.partial.push(byte);
+                for part in chunk[..length].split_inclusive(|&byte| byte == b'\n') {
+                    reading.partial.extend(part);
+                    if let Some(line) = reading.partial.strip_suffix(b"\n") {
+                        let line = String::from_utf8(line.into());
+                        reading.lines.push(line.unwrap_or_else(|e| format!("not UTF-8: {e}")));
+                        reading.partial.clear();
                     }
                 }
                 reading.ended = length == 0;
                 reader.0.1.notify_all();
-                if reading.ended {
-                    break;
-                }
             }
         });
         transcript
@@ -619,12 +595,8 @@ impl Transcript {
         self.0.0.lock().unwrap()
     }
 
-    fn wait_while(
-        &self,
-        within: Duration,
-        condition: impl FnMut(&mut Reading) -> bool,
-    ) -> MutexGuard<'_, Reading> {
-        self.0.1.wait_timeout_while(self.lock(), within, condition).unwrap().0
+    fn wait_while(&self, limit: Duration, wait: impl FnMut(&mut Reading) -> bool) -> MutexGuard<'_, Reading> {
+        self.0.1.wait_timeout_while(self.lock(), limit, wait).unwrap().0
     }
 
     /// Waits until the lines so far give an answer.
@@ -660,11 +632,7 @@ impl Transcript {
     fn to_the_end(&self) -> Vec<String> {
         let reading = self.wait_while(PATIENCE, |reading| !reading.ended);
         assert!(reading.ended, "the output outlives the program");
-        assert!(
-            reading.partial.is_empty(),
-            "ends in part of a line: {:?}",
-            String::from_utf8_lossy(&reading.partial)
-        );
+        assert_eq!(String::from_utf8_lossy(&reading.partial), "", "part of a line at the end");
         reading.lines.clone()
     }
 
@@ -691,33 +659,17 @@ impl std::fmt::Debug for Transcript {
     }
 }
 
-/// A terminal: the end to read, which is its screen, and the end for a program.
-pub fn terminal() -> (Screen, OwnedFd) {
+/// A terminal: the end to read, which is its screen, and the end for a program. It adds no `\r` to a `\n`.
+pub fn terminal() -> (File, OwnedFd) {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let screen = openpt(flags).unwrap();
     grantpt(&screen).unwrap();
     unlockpt(&screen).unwrap();
     let program_end = ioctl_tiocgptpeer(&screen, flags).unwrap();
-    (Screen(screen.into()), program_end)
-}
-
-/// What comes out of a terminal, without the `\r` that it adds to each `\n`: the transcript has no other.
-pub struct Screen(File);
-
-impl Read for Screen {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let length = self.0.read(buffer)?;
-            let mut kept = 0;
-            for i in 0..length {
-                buffer[kept] = buffer[i];
-                kept += usize::from(buffer[i] != b'\r');
-            }
-            if kept > 0 || length == 0 {
-                return Ok(kept);
-            }
-        }
-    }
+    let mut modes = tcgetattr(&program_end).unwrap();
+    modes.output_modes.remove(OutputModes::ONLCR);
+    tcsetattr(&program_end, OptionalActions::Now, &modes).unwrap();
+    (File::from(screen), program_end)
 }
 
 /// What the observer printed.
@@ -742,19 +694,15 @@ pub fn conversation(shown: &str, port: u16) -> [String; 3] {
 /// start is stripped like a blank.
 pub fn shown(line: &[u8]) -> String {
     let text = String::from_utf8_lossy(line);
-    escaped(text.trim_start_matches(|c: char| c.is_whitespace() || c == '\u{feff}').trim_end())
-}
-
-fn escaped(text: &str) -> String {
-    let one = |c: char| if is_hostile(c) { c.escape_default().to_string() } else { c.to_string() };
-    text.chars().map(one).collect()
+    let text = text.trim_start_matches(|c: char| c.is_whitespace() || c == '\u{feff}').trim_end();
+    let escaped = |c: char| if is_hostile(c) { c.escape_default().to_string() } else { c.into() };
+    text.chars().map(escaped).collect()
 }
 
 /// Whether a terminal could take this for a command, a line's end or a change of direction.
 pub fn is_hostile(c: char) -> bool {
-    let bidi =
-        matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    c.is_control() || bidi || matches!(c, '\u{2028}' | '\u{2029}')
+    let marks = ['\u{61c}', '\u{200e}', '\u{200f}'];
+    c.is_control() || marks.contains(&c) || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 // ----------------------------------------------------------------- a client
@@ -814,15 +762,23 @@ impl Client {
 
     /// Waits until the server has accepted this client and read all that it has sent.
     pub fn is_taken(&self) {
+        let port = format!(":{:04X} ", self.port());
         eventually(PATIENCE, "the server reads what was sent", || {
-            let server = server_end(self.port());
-            server.is_some_and(|(state, unread)| state == "01" && unread == 0)
+            // The thread's own, as it may be in a network of its own. State 01 is ESTABLISHED, inode 0 the backlog.
+            find_socket(Path::new("/proc/thread-self/net/tcp"), &port, |field| {
+                let ours = field[2].ends_with(port.trim_end()) && field[9] != "0";
+                ours.then(|| field[3] == "01" && field[4].ends_with(":00000000"))
+            }) == Some(true)
         });
     }
 
     /// Sends nothing more.
     pub fn finish(&self) {
-        finish(&self.0);
+        match self.0.shutdown(Shutdown::Write) {
+            // The server may have closed already: it wants no more than a whole line, and no more lines when it stops.
+            Err(e) if e.kind() != ErrorKind::NotConnected => panic!("shutdown: {e}"),
+            _ => {}
+        }
     }
 
     /// The next bytes must be these.
@@ -851,12 +807,9 @@ impl Client {
     /// Everything until the connection ends in any way.
     pub fn until_closed(&mut self) -> Vec<u8> {
         let mut bytes = Vec::new();
-        match self.0.read_to_end(&mut bytes) {
-            Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                panic!("the connection is still open after {PATIENCE:?}")
-            }
-            _ => bytes,
-        }
+        let end = self.0.read_to_end(&mut bytes).map_err(|e| e.kind());
+        assert_ne!(end, Err(ErrorKind::WouldBlock), "the connection is still open after {PATIENCE:?}");
+        bytes
     }
 
     /// Whether nothing comes, not even the connection's end, for so long.
@@ -873,30 +826,9 @@ impl Client {
     }
 }
 
-/// The server's end of a client's connection, once it is accepted: its state, and the bytes unread there.
-fn server_end(client_port: u16) -> Option<(String, u64)> {
-    // The thread's own, as it may be in a network of its own.
-    let sockets = fs::read_to_string("/proc/thread-self/net/tcp").unwrap();
-    // sl local_address rem_address st tx_queue:rx_queue ... inode (the tenth), 0 in the backlog
-    sockets.lines().skip(1).find_map(|line| {
-        let field: Vec<&str> = line.split_whitespace().collect();
-        let ours = field[2].ends_with(&format!(":{client_port:04X}")) && field[9] != "0";
-        ours.then(|| (field[3].into(), u64::from_str_radix(&field[4][9..], 16).unwrap()))
-    })
-}
-
-/// Ends the sending side of a connection.
-fn finish(socket: &TcpStream) {
-    match socket.shutdown(Shutdown::Write) {
-        // The server may have closed already: it wants no more than a whole line, and no more lines when it stops.
-        Err(e) if e.kind() != ErrorKind::NotConnected => panic!("shutdown: {e}"),
-        _ => {}
-    }
-}
-
 /// A client that sends numbered lines as fast as they are taken, and checks the echo of every one.
 pub struct Flood {
-    socket: TcpStream,
+    client: Client,
     pub port: u16,
     reads: bool,
     /// Lines begun.
@@ -905,24 +837,18 @@ pub struct Flood {
     unsent: Vec<u8>,
     /// Lines whose echo has come.
     pub echoed: usize,
-    unchecked: Vec<u8>,
+    /// What the server has not echoed yet.
+    awaited: VecDeque<u8>,
+    has_finished: bool,
     pub ended: bool,
 }
 
 impl Flood {
     pub fn new(client: Client, reads: bool) -> Self {
-        let port = client.port();
         client.0.set_nonblocking(true).unwrap();
-        Self {
-            socket: client.0,
-            port,
-            reads,
-            lines: 0,
-            unsent: vec![],
-            echoed: 0,
-            unchecked: vec![],
-            ended: false,
-        }
+        let (port, unsent, awaited) = (client.port(), vec![], VecDeque::new());
+        let (lines, echoed, has_finished, ended) = (0, 0, false, false);
+        Self { client, port, reads, lines, unsent, echoed, awaited, has_finished, ended }
     }
 
     /// What the line of this number says.
@@ -932,38 +858,28 @@ impl Flood {
 
     /// Sends and receives what goes without waiting; answers whether anything went.
     pub fn pump(&mut self, begin_lines: bool) -> bool {
-        let sent = self.pump_out(begin_lines);
-        let received = self.reads && self.pump_in();
-        sent || received
-    }
-
-    fn pump_out(&mut self, begin_lines: bool) -> bool {
         if self.unsent.is_empty() && begin_lines {
             self.unsent = (self.line(self.lines) + "\n").into();
+            self.awaited.extend(self.unsent.iter().filter(|_| self.reads));
             self.lines += 1;
         }
-        if self.ended || self.unsent.is_empty() {
-            return false;
+        let mut sent = 0;
+        if !self.ended && !self.unsent.is_empty() {
+            let written = self.client.0.write(&self.unsent);
+            sent = self.went(written);
+            self.unsent.drain(..sent);
         }
-        let written = self.socket.write(&self.unsent);
-        let length = self.went(written);
-        self.unsent.drain(..length);
-        length > 0
-    }
-
-    fn pump_in(&mut self) -> bool {
-        let mut chunk = [0; 16384];
-        let read = self.socket.read(&mut chunk);
-        let end = matches!(read, Ok(0));
-        let length = self.went(read);
-        self.ended |= end;
-        self.unchecked.extend(&chunk[..length]);
-        while let Some(end) = self.unchecked.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = self.unchecked.drain(..=end).collect();
-            assert_eq!(String::from_utf8_lossy(&line), self.line(self.echoed) + "\n");
-            self.echoed += 1;
+        let (mut chunk, mut received) = ([0; 16384], 0);
+        if self.reads {
+            let read = self.client.0.read(&mut chunk);
+            self.ended |= matches!(read, Ok(0));
+            received = self.went(read);
         }
-        length > 0
+        let echo = &chunk[..received];
+        let awaited: Vec<u8> = self.awaited.drain(..received).collect();
+        assert!(echo == awaited, "{:?}, not {:?}", echo.escape_ascii(), awaited.escape_ascii());
+        self.echoed += echo.iter().filter(|&&byte| byte == b'\n').count();
+        sent + received > 0
     }
 
     /// How many bytes went; any error but "not now" ends the flood.
@@ -979,8 +895,7 @@ impl Flood {
         let start = Instant::now();
         let mut last = start;
         while last.elapsed() < standstill {
-            let moved = floods.iter_mut().filter_map(|flood| flood.pump(true).then_some(())).count();
-            if moved > 0 {
+            if floods.iter_mut().fold(false, |any, flood| any | flood.pump(true)) {
                 last = Instant::now();
             } else {
                 thread::sleep(ms(5));
@@ -992,14 +907,13 @@ impl Flood {
     /// Completes the line begun last, ends the sending side, and takes the echo of all.
     pub fn complete(floods: &mut [Self]) {
         let start = Instant::now();
-        let mut half_closed = vec![false; floods.len()];
         while !floods.iter().all(|flood| flood.ended) {
             let mut any = false;
-            for (flood, half_closed) in floods.iter_mut().zip(&mut half_closed) {
+            for flood in &mut *floods {
                 any |= flood.pump(false);
-                if flood.unsent.is_empty() && !*half_closed && !flood.ended {
-                    finish(&flood.socket);
-                    *half_closed = true;
+                if flood.unsent.is_empty() && !flood.has_finished && !flood.ended {
+                    flood.client.finish();
+                    flood.has_finished = true;
                 }
             }
             if !any {
