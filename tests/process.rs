@@ -1,5 +1,4 @@
-//! Being a process: signals, as process 1 and elsewhere, what is done about a stdout that is closed, and exit
-//! codes.
+//! Being a process: signals, as process 1 and elsewhere, what is done about a stdout that is closed, and exit codes.
 
 mod common;
 
@@ -104,18 +103,13 @@ fn second_signal_ends_it_at_once() {
     }
 }
 
-/// Elsewhere than as process 1, SIGHUP keeps its default: it kills.
+/// Elsewhere than as process 1, SIGHUP does what it does to any program: it kills, and under nohup it is survived.
 #[test]
-fn hangup_kills_what_is_not_process_one() {
+fn hangup_is_for_process_one_alone() {
     let mut server = Server::start(&CALM);
     server.signal(Signal::HUP);
     let exit = server.exited(PATIENCE);
     assert_eq!((exit.code, exit.signal), (None, Some(1)), "{exit:?}");
-}
-
-/// Under nohup it survives SIGHUP, and serves.
-#[test]
-fn hangup_is_survived_under_nohup() {
     let mut server = Server::start_after("exec nohup \"$0\" \"$@\"", &CALM);
     for _ in 0..3 {
         server.signal(Signal::HUP);
@@ -124,9 +118,8 @@ fn hangup_is_survived_under_nohup() {
     server.stop();
 }
 
-/// Signals are blocked first of all in `main`, before it has done anything else: one that comes when the
-/// program first touches its signal mask is not lost, and kills nobody. (As process 1 it would be lost; that
-/// is harder to see.)
+/// Signals are blocked first of all in `main`: one that comes when the program first touches its signal mask is not
+/// lost, and kills nobody. (As process 1 it would be lost; that is harder to see.)
 #[test]
 fn signal_at_the_very_start_is_not_lost() {
     if let Some(reason) = refusal(Command::new("strace").args(["-o", "/dev/null", "true"])) {
@@ -166,18 +159,25 @@ fn signals_within_100_ms_are_one() {
     }
 }
 
-/// timeout(1) sends its signal to its child and to its own process group: that is one signal, and the end a
-/// good one.
+/// timeout(1) sends its signal to its child and to its own process group: that is one signal, and the end a good one.
 #[test]
 fn end_by_timeout_is_a_good_one() {
     if let Some(reason) = refusal(Command::new("timeout").args(["9", "true"])) {
         return skip(format!("no timeout(1): {reason}"));
     }
     for _ in 0..5 {
-        let server =
-            Server::of(Process::spawn(within("timeout", &["0.5"], &program(&calm_on_loopback(&[])))));
-        let client = client_in_a_line(&server);
-        eventually(PATIENCE, "the listener is closed", || TcpStream::connect(server.address).is_err());
+        let (server, client) = (0..20)
+            .find_map(|_| {
+                let timeout = within("timeout", &["0.5"], &program(&calm_on_loopback(&[])));
+                let (start, server) = (Instant::now(), Server::of(Process::spawn(timeout)));
+                let client = client_in_a_line(&server);
+                eventually(PATIENCE, "the listener is closed", || {
+                    TcpStream::connect(server.address).is_err()
+                });
+                // On a busy machine the client's time may be over, which proves nothing.
+                (start.elapsed() < ms(3000)).then_some((server, client))
+            })
+            .expect("a server that is stopped within three seconds");
         ends_with(124, server, client);
     }
 }
@@ -205,12 +205,11 @@ fn ends_with_its_reader(process: &mut Process, reader: impl Sized, what: &str) {
     drop(reader);
     let exit = process.exited(PATIENCE);
     assert!(closed.elapsed() < ms(2000), "{what}: after {:?}", closed.elapsed());
-    assert_eq!((exit.code, exit.signal), (Some(141), None), "{what}: {exit:?}");
-    assert_eq!(exit.stderr, [""; 0], "{what}");
+    assert_eq!((exit.code, exit.signal, exit.stderr.len()), (Some(141), None, 0), "{what}: {exit:?}");
 }
 
-/// Whoever closes its stdout, pipe, socket or terminal, ends it at once, not at its next output: silently,
-/// with 141, as if by SIGPIPE. It has nothing to write and a client in the middle of a line.
+/// Whoever closes its stdout, pipe, socket or terminal, ends it at once, not at its next output: silently, with 141, as
+/// if by SIGPIPE. It has nothing to write and a client in the middle of a line.
 #[test]
 fn closed_stdout_ends_it_at_once() {
     for options in [&[][..], &["--quiet"], &["--quiet", "--interval", "0"]] {
@@ -222,27 +221,24 @@ fn closed_stdout_ends_it_at_once() {
     }
 }
 
-/// A stdout whose reader had gone before the start ends it in the same way; a terminal that hung up may also
-/// be the error that it is to who writes to it.
+/// A stdout whose reader had gone before the start ends it in the same way; a terminal that hung up may also be the
+/// error that it is to who writes to it.
 #[test]
 fn stdout_closed_before_the_start_ends_it() {
     for options in [&[][..], &["--quiet"]] {
         for (what, output, reader) in closable_outputs() {
             drop(reader);
             let exit = with_stdout(&calm_on_loopback(options), output).exited(PATIENCE);
-            if what == "a terminal" && exit.code == Some(1) {
-                assert_eq!(exit.stderr.len(), 1, "{exit:?}");
-                assert!(exit.stderr[0].starts_with("smolrx: cannot write to stdout: "), "{exit:?}");
-                continue;
-            }
-            assert_eq!((exit.code, exit.signal), (Some(141), None), "{what}, {options:?}: {exit:?}");
-            assert_eq!(exit.stderr, [""; 0], "{what}, {options:?}");
+            let (code, said) = (exit.code.unwrap(), exit.stderr.join("\n"));
+            let is_error =
+                code == 1 && said.starts_with("smolrx: cannot write to stdout: ") && exit.stderr.len() == 1;
+            let is_end = code == 141 && said.is_empty();
+            assert!(is_end || is_error && what == "a terminal", "{what}, {options:?}: {exit:?}");
         }
     }
 }
 
-/// A reader that leaves while text waits for it ends it with 141, too, be it that the server is stopping
-/// already.
+/// A reader that leaves while text waits for it ends it with 141, too, be it that the server is stopping already.
 #[test]
 fn stdout_closed_while_text_waits_ends_it() {
     for stopping in [false, true] {
@@ -260,8 +256,8 @@ fn stdout_closed_while_text_waits_ends_it() {
     }
 }
 
-/// What is not closed is let alone: beside an output of any kind that has nothing to say, a socket of which
-/// one half is closed included, the server uses no processor, and serves.
+/// What is not closed is let alone: beside an output of any kind that has nothing to say, a socket of which one half is
+/// closed included, the server uses no processor, and serves.
 #[test]
 fn quiet_output_costs_nothing() {
     let scratch = Scratch::new();
@@ -303,8 +299,8 @@ fn quiet_output_costs_nothing() {
 
 // -------------------------------------------------------------------- stderr
 
-/// A stderr that nobody reads, with no room for a message, holds up no end: neither one by a signal, nor by a
-/// stdout that fails, nor by a usage error.
+/// A stderr that nobody reads, with no room for a message, holds up no end: neither one by a signal, nor by a stdout
+/// that fails, nor by a usage error.
 #[test]
 fn stalled_stderr_holds_up_no_end() {
     let (_reader, mut stderr) = io::pipe().unwrap();
@@ -351,8 +347,8 @@ fn exit_codes() {
     let scratch = Scratch::new();
     let no_program = scratch.file("sync.sh");
     fs::write(&no_program, "echo no permission to run this").unwrap();
-    let first_event = calm_on_loopback(&["--debounce", "1", "--"]);
-    let quiet = calm_on_loopback(&["-q", "--debounce", "1", "--"]);
+    let (first_event, quiet) = (["--debounce", "1", "--"], ["-q", "--debounce", "1", "--"]);
+    let (first_event, quiet) = (calm_on_loopback(&first_event), calm_on_loopback(&quiet));
     let cases: &[(i32, &[&str], &[&str])] = &[
         (0, &["--help"], &[]),
         (0, &["--version"], &[]),
