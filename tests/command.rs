@@ -542,11 +542,7 @@ fn failed_run_is_told() {
 /// long; then the latest event is run, a line's that its client completes meanwhile included, and it ends with 0.
 #[test]
 fn signal_waits_for_the_run_and_runs_what_is_pending() {
-    for (signals, time, last) in [
-        (&[Signal::TERM][..], 7000, "third"),
-        (&[Signal::INT], 500, "completed"),
-        (&[Signal::INT, Signal::TERM], 500, "completed"),
-    ] {
+    let waits = |signals: &[Signal], time, last| {
         let notes = Notes::held();
         let mut server = notes.server("true", &POKED, &["sh", "-c", HELD]);
         notes.begin_first(&server);
@@ -568,7 +564,12 @@ fn signal_waits_for_the_run_and_runs_what_is_pending() {
         assert_eq!(notes.lines(), ["begin first"], "{signals:?}");
         notes.ends_well(&mut server, &["first", last]);
         assert_eq!(observed(&server.stdout.lines()).last(), Some(&last), "{signals:?}");
-    }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| waits(&[Signal::TERM], 7000, "third"));
+        scope.spawn(|| waits(&[Signal::INT], 500, "completed"));
+        scope.spawn(|| waits(&[Signal::INT, Signal::TERM], 500, "completed"));
+    });
 }
 
 /// An event that the debounce holds is run at once at the end, and without an event nothing is.
@@ -843,16 +844,20 @@ fn shortest_runs_are_noticed() {
 /// A server whose parent has it ignore SIGCHLD notices each run's end, also with another child alive, and ends well.
 #[test]
 fn ignored_sigchld_holds_up_nothing() {
-    for others in ["true", "while [ -d \"$D\" ]; do sleep 0.1; done > /dev/null 2>&1 &"] {
+    let goes_on_beside = |others: &str| {
         let notes = Notes::new();
         // `env` comes last: a shell has a handler of its own.
         let setup = format!("{others}\nexec env --ignore-signal=CHLD \"$0\" \"$@\"");
         let mut server = notes.server(&setup, &POKED, &["sh", "-c", NOTE]);
         notes.takes_pokes(&server, 4);
         server.signal(Signal::TERM);
-        assert_eq!(server.exited(ms(6000)).code, Some(0));
+        assert_eq!(server.exited(ms(6000)).code, Some(0), "beside {others}");
         assert_eq!(notes.lines().len(), 4);
-    }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| goes_on_beside("true"));
+        scope.spawn(|| goes_on_beside("while [ -d \"$D\" ]; do sleep 0.1; done > /dev/null 2>&1 &"));
+    });
 }
 
 // --------------------------------------------------------------- what can't be started
