@@ -362,9 +362,11 @@ fn no_descriptor_is_the_servers() {
     let mut server = Server::found(Process::spawn(command));
     server.echo("poke\n");
     server.stdout.wait_for_count(before.len());
+    wait_for_children(server.id(), 0);
+    let descriptors = server.descriptors();
     let mut clients: Vec<Client> = (0..20).map(|_| server.connect()).collect();
     clients.iter_mut().for_each(|client| client.send("half"));
-    clients.iter().for_each(Client::is_taken);
+    eventually(PATIENCE, "all are accepted", || server.descriptors() == descriptors + 20);
     server.echo("again\n");
     server.stdout.wait_for_count(2 * before.len());
     clients.into_iter().for_each(Client::reset);
@@ -810,7 +812,9 @@ fn run_is_over_when_the_command_ends() {
 #[test]
 fn runs_leak_nothing() {
     let (notes, server) = noted(&[&QUIETLY_POKED[..], &["--max-line", "300000"]].concat(), NOTE);
-    let (descriptors, mut count) = (server.descriptors(), 0);
+    notes.takes_pokes(&server, 1);
+    wait_for_children(server.id(), 0);
+    let (descriptors, mut count) = (server.descriptors(), 1);
     let mut memory_after = |runs: usize| {
         for _ in 0..runs {
             server.echo("x\n");
