@@ -195,7 +195,7 @@ fn event_is_in_the_environment() {
     }
     has_said_nothing(&server);
 
-    let (notes, _server) = noted(&["--interval", "100", "--debounce", "1"], NOTE);
+    let (notes, _server) = noted(&["--interval", "500", "--debounce", "1"], NOTE);
     notes.wait_for_count(3);
     assert_eq!(notes.lines()[..3], ["0", "1", "2"]);
 }
