@@ -100,21 +100,6 @@ SH
   until_true is_alone zombies
 }
 
-stop_finishes_runs() {
-  own stop "${poked[@]}" << 'SH'
-echo "begin $SMOLRX_EVENT"
-sleep 2
-echo "end $SMOLRX_EVENT"
-SH
-  start stop
-  poke stop first
-  until_true says stop 'begin first'
-  for event in second third; do poke stop "$event"; done
-  "$docker" stop -t 20 "$(id stop)"
-  ended_with stop 0
-  logs_are stop 'begin first' 'end first' 'begin third' 'end third'
-}
-
 # What a run has left behind holds up no end.
 stop_waits_for_runs_only() {
   own daemon "${poked[@]}" << 'SH'
@@ -165,17 +150,6 @@ missing_command() {
   run_count missing 'cannot run /missing: not found' 3
 }
 
-not_executable() {
-  own closed -q --debounce 1 < /dev/null
-  mkdir "$work/closed-mode"
-  printf '%s\n' "FROM $tag:closed" 'USER 0' 'RUN chmod 644 /sync.sh' 'USER 65532' > "$work/closed-mode/Dockerfile"
-  "$docker" build -q -t "$tag:closed-mode" "$work/closed-mode"
-  status=0
-  "$docker" run --rm "$tag:closed-mode" 2> "$work/closed-mode/stderr" || status=$?
-  [ "$status" = 126 ]
-  [ "$(cat "$work/closed-mode/stderr")" = 'smolrx: cannot run /sync.sh: permission denied (error 13)' ]
-}
-
 # The client of the engine hands its SIGHUP on, as it gets it from a terminal that closes: there is no pipe, and so
 # nothing else that could go on with the port.
 nothing_outlives_its_terminal() {
@@ -196,44 +170,6 @@ SH
   wait "$client"
   if nc -z 127.0.0.1 "$published"; then false; fi
   [ "$(cat "$work/terminal/log")" = "$(printf '%s\n' 'begin first' 'end first')" ]
-}
-
-# Events of 60,000 bytes that come while the script is at work, and one that comes in pieces.
-long_events() {
-  own long "${poked[@]}" --max-line 70000 << 'SH'
-printf '%s' "$SMOLRX_EVENT" | md5sum
-sleep 0.3
-SH
-  start long
-  for letter in a b c d e; do
-    line=$(printf '%60000s' '' | tr ' ' "$letter")
-    [ "$(echo "$line" | timeout 10 nc 127.0.0.1 "$(port long)" | wc -c)" = 60001 ]
-    sleep 0.1
-  done
-  line=$(printf '%30000s' '' | tr ' ' x)
-  (printf '%s' "$line"; sleep 0.5; echo "$line") | timeout 10 nc 127.0.0.1 "$(port long)" | wc -c | grep -x 60001
-  sum() { printf '%s' "$1" | md5sum; }
-  until_true says long "$(sum "$line$line")"
-  for letter in a b c d e; do sum "$(printf '%60000s' '' | tr ' ' "$letter")"; done > "$work/long/sums"
-  sum "$line$line" >> "$work/long/sums"
-  logs long | while read -r sum; do grep -Fx "$sum" "$work/long/sums"; done
-}
-
-# The script is the shell's of the base, whatever it is: no `read -t` is needed for it.
-only_the_latest() {
-  own latest "${poked[@]}" << 'SH'
-set -eu
-echo "begin $SMOLRX_EVENT"
-until [ -e /tmp/go ]; do sleep 0.1; done
-echo "end $SMOLRX_EVENT"
-SH
-  start latest --tmpfs /tmp:mode=1777
-  poke latest first
-  until_true says latest 'begin first'
-  for i in 1 2 3 4 5 6 7 8 9 10; do poke latest "change $i"; sleep 0.1; done
-  "$docker" exec "$(id latest)" touch /tmp/go
-  until_true says latest 'end change 10'
-  logs_are latest 'begin first' 'end first' 'begin change 10' 'end change 10'
 }
 
 # With a stdin that is held open and one that is not there.
@@ -260,44 +196,7 @@ SH
   wait "$client"
 }
 
-# In a pipe inside of the container: an engine's own client closes nothing in there.
-closed_stdout() {
-  own pipe "${poked[@]}" < /dev/null
-  server='/smolrx --interval 100 --debounce 1 -- sh -c "sleep 100"'
-  "$docker" run --rm --entrypoint sh "$tag:pipe" -c \
-    "(status=0; $server || status=\$?; echo \"ended with \$status\" >&2) | head -n 1" > "$work/pipe/log" 2>&1
-  [ "$(sort "$work/pipe/log")" = "$(printf '%s\n' 'Serving on 0.0.0.0:8888' 'ended with 141' | sort)" ]
-}
-
 # ---------------------------------------------------------------- the rest
-
-# A tick every 50 ms, and six of them during a run.
-clock_and_pokes() {
-  own clock -q --interval 50 --debounce 1 << 'SH'
-echo "ran $SMOLRX_EVENT"
-sleep 0.3
-SH
-  start clock
-  for i in {1..10}; do
-    poke clock "poke $i"
-    until_true says clock "ran poke $i"
-  done
-  # The clock's are run between them, the first of them at the start.
-  [ "$(logs clock | head -n 1)" = 'ran 0' ]
-}
-
-healthy_in_a_run() {
-  own healthy "${poked[@]}" << 'SH'
-echo "begin $SMOLRX_EVENT"
-sleep 1000
-SH
-  start healthy
-  poke healthy first
-  until_true says healthy 'begin first'
-  for i in {1..20}; do poke healthy "meanwhile $i"; done
-  "$docker" exec "$(id healthy)" /smolrx --health
-  [ "$(logs healthy)" = 'begin first' ]
-}
 
 limits_are_the_containers() {
   own limits "${poked[@]}" << 'SH'
@@ -315,18 +214,11 @@ SH
 # -------------------------------------------------------------------- main
 
 check 120 no_zombies                    "forty runs that each leave children behind: no zombie, in 60 tasks"
-check  60 stop_finishes_runs            "docker stop: the run under way is finished, the latest event is run, exit code 0"
 check  30 stop_waits_for_runs_only      "docker stop: in under three seconds, whatever a run has left behind"
 check  30 second_signal                 "a second signal ends it with 143, in the middle of a run"
 check  60 missing_command               "no such command: exit code 127, and --restart on-failure:2 restarts it twice"
-check  30 not_executable                "a command that may not be run: exit code 126"
 check  60 nothing_outlives_its_terminal "the terminal closes: the run is finished, and the port is free"
-check  60 long_events                   "events of 60,000 bytes reach the script whole"
-check  30 only_the_latest               "ten pokes during a run are one more run, with a script of the base's sh"
 check  60 stdin_takes_no_event          "a script that reads stdin takes no event"
-check  30 closed_stdout                 "stdout closed by its reader: exit code 141, in the middle of a run"
-check  60 clock_and_pokes               "a fast clock never costs a poke"
-check  30 healthy_in_a_run              "healthy in the middle of a run, and pokes are echoed"
 check  30 limits_are_the_containers     "the script has the container's limits, its signals, and three descriptors"
 
 summary

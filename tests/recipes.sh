@@ -107,15 +107,6 @@ slow_script() {
   [ "$(runs | tail -n 2)" = "$(printf '%s\n' slow "$long")" ]
 }
 
-# As ssh and git do, which took the events of a loop by `read`.
-reads_stdin() {
-  script <<< $'#!/bin/sh\ncat > /dev/null\necho "$SMOLRX_EVENT" >> runs'
-  start "$(recipe '# smolrx')"
-  for i in 1 2 3; do poke "event $i"; until_true last_run "event $i"; done
-  stop_server
-  wait "$recipe_runs"
-}
-
 failing_script() {
   script <<< $'#!/bin/sh\nexit 3'
   start "$(recipe '# smolrx')"
@@ -201,22 +192,6 @@ finishes_at_stop() {
   [ "$(logs | tail -n 4)" = "$(printf '%s\n' 'begin slow' 'end slow' 'begin pending' 'end pending')" ]
 }
 
-# A script like those that start git's gc or ssh's ControlPersist: twenty times, and nothing is left.
-no_zombies() {
-  container_script <<< $'#!/bin/sh\n(sleep 1 > /dev/null 2>&1 &)\necho "left a child: $SMOLRX_EVENT"'
-  run_it --health-interval 1s "$project"
-  until_true is_serving
-  for i in {1..20}; do
-    poke "run $i"
-    until_true logs_say "left a child: run $i"
-  done
-  until_true nothing_is_left
-  "$docker" stop "$project"
-  ended_with 0
-}
-# Process 1, and the shell that asks.
-nothing_is_left() { [ "$("$docker" exec "$project" sh -c 'set -- /proc/[0-9]*; echo $#')" = 2 ]; }
-
 cannot_be_started() {
   container_script "$project:broken" <<< '#!/bin/sh'
   chmod -x "$work/image/sync.sh"
@@ -265,14 +240,12 @@ if "$docker" ps --quiet --filter publish=8888 | grep -q . || nc -z localhost 888
 check  60 static_file       "the static file, out of the image"
 check  60 any_script        "any script: a burst of pokes is one run, and what is pending at the end is run"
 check  60 slow_script       "a slow script: seven pokes during a run are one more run, of the last line, whole"
-check  60 reads_stdin       "a script that reads stdin takes no event"
 check  60 failing_script    "a script that fails is reported, and runs again"
 check  60 missing_script    "a script that is not there ends the server, with 127"
 check  90 pokes             "poke it: nc, bash, curl and Python; HTTP gets a 400"
 check  60 pipe              "in a pipe: the script runs, and a reader that leaves ends the server"
 check 300 own_image         "in your own image: healthy, poked"
 check  90 finishes_at_stop  "docker stop: the run under way is finished, and the pending event run"
-check 120 no_zombies        "twenty runs leave a child each behind, and no zombie"
 check  60 cannot_be_started "a script that is not executable ends the container with 126"
 if python3 -c 'import yaml' 2> /dev/null; then
   check 60 kubernetes       "on Kubernetes: the pod's command serves in its sandbox"

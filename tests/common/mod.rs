@@ -185,6 +185,31 @@ pub fn in_a_network_of_its_own(setup: &str, body: impl FnOnce() + Send) {
     outcome.unwrap_or_else(|reason| skip(format!("no network of its own: {reason}")));
 }
 
+/// The program as process 1 of a PID namespace, as in a container, in the place of a shell that has run `setup`; and
+/// this process as seen from here. None, and the test skipped, where that can't be.
+pub fn as_process_one(setup: &str, command: &Command) -> Option<(Server, Pid)> {
+    let unshare = |namespaces: &[&str]| {
+        let mut unshare = Command::new("unshare");
+        unshare.args(namespaces).args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+        unshare
+    };
+    let ways = [&[][..], &["--user", "--map-root-user"]];
+    let Some(way) = ways.into_iter().find(|way| refusal(unshare(way).arg("true")).is_none()) else {
+        skip("no PID namespace");
+        return None;
+    };
+    let mut outer = unshare(way);
+    outer.args(["sh", "-c", &format!("{setup}; exec \"$0\" \"$@\"")]);
+    outer.arg(command.get_program()).args(command.get_args());
+    outer.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let server = Server::of(Process::spawn(outer));
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", server.id())).unwrap();
+    let pid = children.trim();
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    assert!(status.contains(&format!("NSpid:\t{pid}\t1\n")), "not process 1: {status}");
+    Some((server, Pid::from_raw(pid.parse().unwrap()).unwrap()))
+}
+
 fn binary() -> PathBuf {
     env::var_os("SMOLRX_BIN").map_or_else(|| env!("CARGO_BIN_EXE_smolrx").into(), PathBuf::from)
 }
@@ -478,6 +503,11 @@ impl Server {
         let address = first.strip_prefix("Serving on ").and_then(|address| address.parse().ok());
         let address = address.unwrap_or_else(|| panic!("not `Serving on ADDRESS:PORT`: {first}"));
         Self { process, address, _port: None }
+    }
+
+    /// A program that serves on the loopback interface, and does not say where.
+    pub fn found(process: Process) -> Self {
+        Self { address: process.listening_address(), process, _port: None }
     }
 
     /// The address at which a client on this machine reaches it.
