@@ -929,6 +929,24 @@ fn command_that_cannot_be_started_ends_it() {
     assert_eq!((exit.code, exit.stderr.len()), (Some(127), 1), "{exit:?}");
 }
 
+/// Once the command is not there any more, no event is run: nor the one that the debounce holds, though the command is
+/// back by then.
+#[test]
+fn missing_command_is_not_tried_again() {
+    let notes = Notes::held();
+    let script = notes.install("script", "755", &format!("#!/bin/sh\n{HELD}"));
+    let mut server = notes.server("true", &["-q", "--interval", "0", "--debounce", "1500"], &[&script]);
+    notes.begin_first(&server);
+    fs::remove_file(&script).unwrap();
+    server.echo("second\n");
+    thread::sleep(ms(2500)); // now it is pending
+    server.echo("third\n");
+    notes.release();
+    let exit = server.exited(ms(6000));
+    assert_eq!((exit.code, exit.stderr.len()), (Some(127), 1), "{exit:?}");
+    assert_eq!(notes.lines(), ["begin first", "end first"]);
+}
+
 /// The command is looked for along PATH, past what is no folder, may not be run, or is not there.
 #[test]
 fn path_is_searched() {
