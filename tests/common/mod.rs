@@ -913,6 +913,8 @@ impl Flood {
     pub fn new(client: Client, reads: bool) -> Self {
         let port = client.port();
         client.0.set_nonblocking(true).unwrap();
+        // Left alone, the kernel holds megabytes of what is sent to a server that takes no more.
+        sockopt::set_socket_send_buffer_size(&client.0, 64 << 10).unwrap();
         Self {
             socket: client.0,
             port,
