@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{self, Child, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -112,6 +112,25 @@ pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) 
         assert!(start.elapsed() < within, "not within {within:?}: {what}");
         thread::sleep(ms(2));
     }
+}
+
+/// Has each load run over and over in a thread of its own as long as `body` runs, which begins once they have counted
+/// to `enough`.
+pub fn beside<T>(loads: Vec<impl FnMut() -> u64 + Send>, enough: u64, body: impl FnOnce() -> T) -> T {
+    let (on, count) = (Arc::new(()), AtomicU64::new(0));
+    thread::scope(|scope| {
+        for mut load in loads {
+            let (on, count) = (Arc::downgrade(&on), &count);
+            scope.spawn(move || {
+                while on.strong_count() > 0 {
+                    count.fetch_add(load(), Ordering::Relaxed);
+                }
+            });
+        }
+        let _on = on; // gone when `body` has come to its end or panicked
+        eventually(PATIENCE, "the load is on", || count.load(Ordering::Relaxed) >= enough);
+        body()
+    })
 }
 
 // ---------------------------------------------------------------- the program
