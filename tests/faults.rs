@@ -30,16 +30,6 @@ fn form(name: &str, short: u64, long: u64) -> u64 {
     setting(name, if is_long { long } else { short })
 }
 
-/// A generator of random numbers, good enough to choose moments.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-        (self.0 >> 33) % limit
-    }
-}
-
 // -------------------------------------------------------------- slow clients
 
 /// 2,000 clients that send a byte a second do not keep another one waiting for 100 ms,
@@ -62,9 +52,7 @@ fn slow_clients_hold_nobody_up() {
         assert!(server.descriptors() >= before + slow.len(), "a client that sends was cut");
         eventually(PATIENCE, "all are freed", || server.descriptors() <= before + 1); // and the round trip
     });
-    for mut client in slow {
-        assert_eq!(client.until_closed(), b"");
-    }
+    slow.iter_mut().for_each(|client| assert_eq!(client.until_closed(), b""));
     server.echo("last\n");
     eventually(PATIENCE, "no descriptor is left", || server.descriptors() == before);
     let exit = server.stop();
@@ -198,15 +186,15 @@ fn resets_at_every_stage() {
 /// no line of output is partial, the exit code is 0, in under six seconds.
 #[test]
 fn sigterm_at_random_moments() {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap();
     let seed = setting("SMOLRX_SEED", u64::from(now.subsec_nanos()));
-    let mut random = Random(seed);
     for round in 0..form("SMOLRX_SIGTERMS", 20, 200) {
         let (keep_open, what) = (round % 2 == 0, format!("SMOLRX_SEED={seed}, round {round}"));
         let mut options = vec!["--interval", if round % 4 < 2 { "10" } else { "600000" }];
         options.extend(keep_open.then_some("--keep-open"));
         let mut server = Server::start(&options);
-        let moment = Duration::from_micros(random.below(150_000));
+        let random = seed.wrapping_add(round).wrapping_mul(6364136223846793005) >> 33;
+        let moment = Duration::from_micros(random % 150_000);
         let (address, talk) = (server.loopback(), Mutex::default());
         let exit = thread::scope(|scope| {
             for client in 0..8 {

@@ -545,7 +545,8 @@ impl Server {
 /// Nobody is let in at an address any more, and at once.
 pub fn refuses(address: SocketAddr) {
     eventually(ms(1000), "a new connection is refused", || {
-        TcpStream::connect(address).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
+        TcpStream::connect_timeout(&address, ms(1000))
+            .is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
     });
 }
 
