@@ -59,13 +59,7 @@ fn signalled(process: &Process) -> Instant {
 }
 
 /// Runs `body` beside so many clients that send a line over and over and take its echo.
-fn beside_a_flood<T>(
-    address: SocketAddr,
-    clients: usize,
-    line: &str,
-    enough: u64,
-    body: impl FnOnce() -> T,
-) -> T {
+fn beside_a_flood<T>(address: SocketAddr, clients: usize, line: &str, body: impl FnOnce() -> T) -> T {
     raise_descriptor_limit();
     let lines = line.repeat(131_072 / line.len());
     let load = |_| {
@@ -80,13 +74,11 @@ fn beside_a_flood<T>(
                 *sent += client.write(&lines.as_bytes()[from..from + 65_536]).unwrap_or(0);
                 echoed += client.read(&mut chunk).unwrap_or(0) as u64;
             }
-            if echoed == 0 {
-                thread::sleep(ms(1));
-            }
+            thread::sleep(ms(1)); // which leaves much in the kernel's buffers
             echoed
         }
     };
-    beside([0, 1].map(load).into(), enough, body)
+    beside([0, 1].map(load).into(), 100 << 10, body)
 }
 
 // ------------------------------------------------- the echo is the acknowledgement
@@ -696,7 +688,7 @@ fn lines_are_served_beside_a_slow_reader_of_stdout() {
     });
     let mut holders: Vec<Client> = (0..9).map(|_| Client::connect(address)).collect();
     holders.iter_mut().for_each(|holder| holder.send("h".repeat(2000)));
-    beside_a_flood(address, 4, &line_of(101), 100 << 10, || {
+    beside_a_flood(address, 4, &line_of(101), || {
         for length in [6, 300, 1000, 1500, 2000].repeat(2) {
             // 128 KiB wait before it, for half a second; and the flood's lines beside it.
             is_echoed_within(ms(3000), address, &line_of(length), length);
@@ -915,9 +907,7 @@ fn sigterm_ends_a_flood_of_lines() {
                 } else {
                     writing_to(Stdio::null(), &["--keep-open", "--max-conns", "1024"])
                 };
-                let exit = beside_a_flood(address, clients, &line_of(length), 1 << 20, || {
-                    stops_in_time(&mut process)
-                });
+                let exit = beside_a_flood(address, clients, &line_of(length), || stops_in_time(&mut process));
                 let event = (clients == 4).then(|| line_of(length).trim().into());
                 assert_eq!((exit.stdout, exit.stderr.len()), (Vec::from_iter(event), 0));
             });
