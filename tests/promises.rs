@@ -599,20 +599,15 @@ fn longest_unfinished_lines(options: &[&str], behind_a_line: &str) {
 #[test]
 fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
     raise_descriptor_limit();
-    let (process, address) = writing_to(Stdio::null(), KEEP_OPEN);
-    let lines = line_of(1000).repeat(100); // short enough for the limit where one is sent in parts
-    in_bounded_memory(&process, "400 clients that take nothing", || {
-        let mut takers: Vec<Client> = (0..400).map(|_| Client::with_small_window(address)).collect();
-        takers.iter().for_each(|taker| taker.0.set_nonblocking(true).unwrap());
-        let (start, mut last) = (Instant::now(), Instant::now());
-        // Until nothing moves any more, or a slow machine has had its time.
-        while last.elapsed() < ms(500) && start.elapsed() < ms(4000) {
-            if takers.iter_mut().filter_map(|taker| taker.0.write(lines.as_bytes()).ok()).count() > 0 {
-                last = Instant::now();
-            }
-            thread::sleep(ms(5));
+    let server = Server::start(&calm(KEEP_OPEN));
+    in_bounded_memory(&server, "400 clients that take nothing", || {
+        let mut takers: Vec<Flood> =
+            (0..400).map(|_| Flood::new(Client::with_small_window(server.loopback()), false)).collect();
+        let end = Instant::now() + ms(4000);
+        while Instant::now() < end {
+            takers.iter_mut().for_each(|taker| _ = taker.pump(true));
         }
-        is_echoed_within(ms(1000), address, &line_of(2000), 2000);
+        is_echoed_within(ms(1000), server.loopback(), &line_of(2000), 2000);
     });
 }
 
