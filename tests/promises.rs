@@ -607,12 +607,19 @@ fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
         while Instant::now() < end {
             takers.iter_mut().for_each(|taker| _ = taker.pump(true));
         }
-        is_echoed_within(ms(1000), server.loopback(), &line_of(2000), 2000);
+        // A busy machine may take the time once or twice.
+        let times = [(); 3].map(|()| time_of_echo(server.loopback(), &line_of(2000), 2000));
+        assert!(times.iter().any(|time| *time < ms(1000)), "a line took {times:?}");
     });
 }
 
 /// A line is served at once, of which so many bytes are sent first.
 fn is_echoed_within(limit: Duration, address: SocketAddr, line: &str, first: usize) {
+    let took = time_of_echo(address, line, first);
+    assert!(took < limit, "{} bytes, {first} of them first, took {took:?}", line.len());
+}
+
+fn time_of_echo(address: SocketAddr, line: &str, first: usize) -> Duration {
     let start = Instant::now();
     let mut client = Client::connect(address);
     client.send(&line[..first]);
@@ -621,8 +628,7 @@ fn is_echoed_within(limit: Duration, address: SocketAddr, line: &str, first: usi
         client.send(&line[first..]);
     }
     client.expect(line);
-    let (length, took) = (line.len(), start.elapsed());
-    assert!(took < limit, "{length} bytes, {first} of them first, took {took:?}");
+    start.elapsed()
 }
 
 /// Text that waits for its reader, six times as long as the bytes that it shows, takes bounded memory; and all of it
