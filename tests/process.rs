@@ -369,12 +369,16 @@ fn exit_codes() {
         assert_eq!(exit.stderr.len(), usize::from(*code != 0), "{options:?}: {exit:?}");
     }
     // A stdout that fails is an error, one that is closed is none for a text that is printed once.
-    for option in ["--help", "--version"] {
-        let exit = with_stdout(&[option], dev_full()).exited(PATIENCE);
-        assert_eq!(exit.code, Some(1), "{option}: {exit:?}");
+    let texts: [&[&str]; 2] = [&["--help"], &["--version"]];
+    for options in texts {
+        let exit = with_stdout(options, io::pipe().unwrap().1).exited(PATIENCE);
+        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{options:?}: {exit:?}");
+    }
+    let events = ["-q", "--debounce", "1"];
+    for options in [texts[0], texts[1], &calm_on_loopback(&[]), &calm_on_loopback(&events)] {
+        let exit = with_stdout(options, dev_full()).exited(PATIENCE);
+        assert_eq!((exit.code, exit.signal), (Some(1), None), "{options:?}: {exit:?}");
         assert_eq!(exit.stderr, ["smolrx: cannot write to stdout: no storage space (error 28)"]);
-        let exit = with_stdout(&[option], io::pipe().unwrap().1).exited(PATIENCE);
-        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{option}: {exit:?}");
     }
 }
 

@@ -15,46 +15,85 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// More bytes than the kernel's buffers hold.
+const HUGE: usize = 5_000_000;
+const KEEP_OPEN: &[&str] = &["--keep-open"];
+
+/// The same options without `--keep-open` and with it, each with a clock that keeps out of the way.
+fn both_ways<'a>(options: &[&'a str]) -> [Vec<&'a str>; 2] {
+    [calm(options), calm(&[options, KEEP_OPEN].concat())]
+}
+
+/// A server that writes to this stdout, and its address.
+fn writing_to(stdout: impl Into<Stdio>, options: &[&str]) -> (Process, SocketAddr) {
+    let mut command = program(&calm_on_loopback(options));
+    command.stdout(stdout);
+    let process = Process::spawn_with_stdout(command);
+    let address = process.listening_address();
+    (process, address)
+}
+
+/// A client that is accepted, and of which the server has read so much.
+fn client_in(server: &Server, text: &str) -> Client {
+    let mut client = server.connect();
+    client.send(text);
+    client.is_taken();
+    client
+}
+
+/// It ends well and in time after a signal.
+fn stops_in_time(process: &mut Process) -> Exit {
+    let signalled = signalled(process);
+    process.stopped(signalled)
+}
+
+/// Signals it, and answers when.
+fn signalled(process: &Process) -> Instant {
+    let now = Instant::now();
+    process.signal(Signal::TERM);
+    now
+}
+
+/// Runs `body` beside so many clients that send a line over and over and take its echo.
+fn beside_a_flood<T>(address: SocketAddr, clients: usize, line: &str, body: impl FnOnce() -> T) -> T {
+    raise_descriptor_limit();
+    let lines = line.repeat(131_072 / line.len());
+    let load = |_| {
+        let connect = |_| (TcpStream::connect(address).unwrap(), 0);
+        let mut clients: Vec<(TcpStream, usize)> = (0..clients / 2).map(connect).collect();
+        clients.iter().for_each(|(client, _)| client.set_nonblocking(true).unwrap());
+        let (lines, mut chunk) = (&lines, vec![0; 65_536]);
+        move || {
+            let mut echoed = 0;
+            for (client, sent) in &mut clients {
+                let from = *sent % line.len();
+                *sent += client.write(&lines.as_bytes()[from..from + 65_536]).unwrap_or(0);
+                echoed += client.read(&mut chunk).unwrap_or(0) as u64;
+            }
+            thread::sleep(ms(1)); // which leaves much in the kernel's buffers
+            echoed
+        }
+    };
+    beside([0, 1].map(load).into(), 100 << 10, body)
+}
 
 // ------------------------------------------------- the echo is the acknowledgement
 
 /// A line whose echo was sent is printed and observed, though the signal to stop comes right behind the echo.
 #[test]
 fn echoed_line_is_printed_and_observed() {
-    for options in [calm(&[]), calm(&["--keep-open"])] {
-        for i in 0..20 {
-            let mut server = Server::start(&options);
-            let mut client = server.connect();
-            client.send(format!("line {i}\n"));
-            client.expect(format!("line {i}\n"));
-            server.signal(Signal::TERM);
-            let exit = server.stopped(Instant::now());
-            assert_eq!(exit.stdout[1..4], conversation(&format!("line {i}"), client.port()));
-            assert_eq!(observed(&exit.stdout), [format!("line {i}")]);
-        }
-    }
-}
-
-/// A line is not echoed before the server has room for its text: what is echoed beside a stdout that nobody reads
-/// is all there later, and the rest was never acknowledged.
-#[test]
-fn line_without_room_is_not_echoed() {
-    let mut server = Server::start(&calm(&["--keep-open"]));
-    server.stdout.pause();
-    let mut floods: Vec<Flood> = (0..4).map(|_| Flood::new(server.connect(), true)).collect();
-    Flood::pump_until_stalled(&mut floods, ms(500));
-    let echoed: usize = floods.iter().map(|flood| flood.echoed).sum();
-    // Each prints twice its length; 128 KiB are queued, the pipe of the tests holds 64 KiB, the reader has a chunk.
-    assert!(echoed * 200 < 400 << 10, "{echoed} lines were echoed");
-    server.stdout.resume();
-    Flood::complete(&mut floods);
-    let exit = server.stop();
-    for flood in &floods {
-        assert_eq!((flood.echoed, received(&exit.stdout, flood)), (flood.lines, flood.lines));
+    for options in both_ways(&[]).iter().cycle().take(40) {
+        let mut server = Server::start(options);
+        let mut client = server.connect();
+        client.send("foo\n");
+        client.expect("foo\n");
+        let exit = stops_in_time(&mut server);
+        assert_eq!(exit.stdout[1..4], conversation("foo", client.port()));
+        assert_eq!(exit.stdout[4..], ["Observing foo"]);
     }
 }
 
@@ -63,10 +102,9 @@ fn line_without_room_is_not_echoed() {
 /// Small lines do not wait for the client's acknowledgement of the echoes before them.
 #[test]
 fn pipelined_echoes_are_not_held_back() {
-    let server = Server::start(&calm(&["--keep-open"]));
+    let server = Server::start(&calm(KEEP_OPEN));
     let lines = "small\n".repeat(1000);
-    let mut gaps = vec![];
-    for _ in 0..15 {
+    let gap = |_| {
         let mut client = server.connect();
         sockopt::set_tcp_quickack(&client.0, false).unwrap(); // as in the middle of a conversation
         client.send(&lines);
@@ -74,9 +112,9 @@ fn pipelined_echoes_are_not_held_back() {
         client.wait_for_bytes(1);
         let first = Instant::now();
         client.wait_for_bytes(lines.len() as u64);
-        gaps.push(first.elapsed());
-        client.expect(&lines);
-    }
+        first.elapsed()
+    };
+    let mut gaps: Vec<Duration> = (0..15).map(gap).collect();
     gaps.sort();
     assert!(gaps[5] < ms(20), "the rest of an echo came so long after its beginning: {gaps:?}");
 }
@@ -84,11 +122,9 @@ fn pipelined_echoes_are_not_held_back() {
 /// A byte sent as urgent is in its place in the echo like any other.
 #[test]
 fn urgent_byte_is_echoed_in_its_place() {
-    for options in [calm(&[]), calm(&["--keep-open"])] {
+    for options in both_ways(&[]) {
         let mut server = Server::start(&options);
-        let mut client = server.connect();
-        client.send("ab");
-        client.is_taken();
+        let mut client = client_in(&server, "ab");
         client.send_urgent(b'c');
         client.send("d\n");
         client.finish();
@@ -97,271 +133,187 @@ fn urgent_byte_is_echoed_in_its_place() {
     }
 }
 
-// ------------------------------------------------------------- who sends and leaves
-
-/// The lines of a client that sends them all and leaves, without waiting for an echo, are received while the server
-/// runs. (The server sleeps until the client has left: else the client's own kernel may drop what is under way.)
+/// The lines of a client that leaves without waiting for their echo are received, a last one without a newline
+/// included; of one that resets the connection those that are whole.
 #[test]
-fn lines_of_a_client_that_leaves_are_received() {
-    for _ in 0..5 {
-        let mut server = Server::start(&calm(&["--keep-open"]));
-        server.suspend();
-        let command = format!("seq 10000 > /dev/tcp/127.0.0.1/{}", server.address.port());
-        let sent = Command::new("bash").args(["-c", &command]).status().unwrap();
-        assert!(sent.success(), "{command}: {sent}");
-        server.wake();
-        server.stdout.wait_for(CLOSE);
-        let exit = server.stop();
-        assert_eq!(exit.stdout.iter().filter(|line| line.starts_with("Received ")).count(), 10_000);
-        assert_eq!(observed(&exit.stdout), ["10000"]);
-    }
-}
-
-/// Whole lines that arrived before their client reset the connection are received; part of a line is none.
-#[test]
-fn lines_before_a_reset_are_received() {
-    let lines: Vec<String> = (0..100).map(|i| format!("{i:059}")).collect();
-    let text: String = lines.iter().map(|line| line.clone() + "\n").collect();
-    for in_the_backlog in [false, true].repeat(10) {
-        let mut server = Server::start(&calm(&["--keep-open"]));
+fn lines_of_a_client_that_is_gone_are_received() {
+    let many: String = (0..10_000).map(|i| format!("{i}\n")).collect();
+    let some = (0..100).map(|i| format!("{i:059}\n")).collect::<String>() + "part of a line";
+    for (options, text, resets, in_the_backlog) in [
+        // While the server runs, its client's own kernel may drop what is under way.
+        (KEEP_OPEN, &*many, false, true),
+        (KEEP_OPEN, &some, true, true),
+        (KEEP_OPEN, &some, true, false),
+        (KEEP_OPEN, "the last", false, true),
+        (&[], "the last", false, true),
+        (&[], "whole\n", false, false),
+        (&[], "whole\npart of a line", true, true),
+        (&[], "whole\npart of a line", true, false),
+    ]
+    .repeat(10)
+    {
+        let mut server = Server::start(&calm(options));
         if in_the_backlog {
             server.suspend();
         }
         let mut client = server.connect();
-        client.send(format!("{text}part of a line"));
+        client.send(text);
         let port = client.port();
-        client.reset();
-        if in_the_backlog {
-            server.wake();
-        }
+        let leave: fn(Client) = if resets { Client::reset } else { drop };
+        leave(client);
+        server.wake();
         server.stdout.wait_for(CLOSE);
         let exit = server.stop();
-        assert_eq!(received_from(&exit.stdout, port), lines, "in the backlog: {in_the_backlog}");
-        assert_eq!(observed(&exit.stdout), [&lines[99]]);
-    }
-}
-
-// ---------------------------------------------------------------------- a last line
-
-/// A last line without a newline counts, though its client has left right behind it, before its turn came.
-#[test]
-fn last_line_of_a_client_that_leaves_is_received() {
-    for options in [calm(&[]), calm(&["--keep-open"])] {
-        for _ in 0..10 {
-            let mut server = Server::start(&options);
-            server.suspend();
-            let mut client = server.connect();
-            client.send("the last");
-            let port = client.port();
-            drop(client);
-            server.wake();
-            server.stdout.wait_for(CLOSE);
-            let exit = server.stop();
-            assert_eq!(received_from(&exit.stdout, port), ["the last"]);
-            assert_eq!(observed(&exit.stdout), ["the last"]);
-        }
+        let lines: Vec<&str> = text.lines().filter(|line| *line != "part of a line").collect();
+        let what = format!("{options:?}, reset: {resets}, in the backlog: {in_the_backlog}");
+        assert!(received_from(&exit.stdout, port) == lines, "{what}: {:?}", server.stdout);
+        assert_eq!(observed(&exit.stdout), lines[lines.len() - 1..], "{what}");
     }
 }
 
 // ------------------------------------------------------------------ too long a line
 
-/// A line of exactly `--max-line` bytes passes, its ending included, or at the end of a connection without one.
-#[test]
-fn longest_line_passes() {
-    let mut server = Server::start(&calm(&["--max-line", "16"]));
-    let lines = ["123456789012345\n", "12345678901234\r\n", "1234567890123456"];
-    let ports = lines.map(|line| server.echo(line));
-    let exit = server.stop();
-    for (line, port) in lines.iter().zip(ports) {
-        assert_eq!(received_from(&exit.stdout, port), [line.trim()]);
-    }
-    assert_eq!(exit.stderr, [""; 0]);
-}
-
-/// A line one byte longer gets a sentence on stderr that names the option, no echo and no event, and is closed.
+/// A line longer than `--max-line`, its ending included, gets a sentence on stderr that names the option, no echo, no
+/// event and no memory, be it a byte longer or endless; the limit is 2048 bytes when none is given.
 #[test]
 fn longer_line_is_refused() {
-    for over in ["1234567890123456\n", "123456789012345\r\n", "12345678901234567"] {
-        for options in [&calm(&["--max-line", "16"]), &calm(&["--max-line", "16", "--keep-open"])] {
-            let mut server = Server::start(options);
-            let mut client = server.connect();
-            client.send(over); // and does not end its sending side
-            assert_eq!(client.until_closed(), b"");
-            let sentence = too_long(client.port(), 16);
-            server.stderr.wait_for(&sentence);
+    for (limit, options) in [(16, &["--max-line", "16"][..]), (2048, &[])] {
+        for options in both_ways(options) {
+            let mut server = Server::start(&options);
+            let port = server.echo(line_of(limit));
+            let before = server.memory_kb();
+            let (crlf, endless) = (line_of(limit).replace('\n', "\r\n"), "x".repeat(1 << 20));
+            for (over, times) in
+                [(line_of(limit + 1), 1), (crlf, 1), ("x".repeat(limit + 1), 1), (endless, 256)]
+            {
+                let mut client = server.connect();
+                let sent = (0..256).take(times).take_while(|_| client.0.write_all(over.as_bytes()).is_ok());
+                assert!(sent.count() < 256, "nobody stops an endless line");
+                // It does not end its sending side.
+                assert_eq!(client.until_closed(), b"");
+                let port = client.port();
+                server.stderr.wait_for(&format!(
+                    "smolrx: line from 127.0.0.1:{port} is longer than {limit} bytes; --max-line allows more"
+                ));
+            }
+            let grown = server.memory_kb().saturating_sub(before);
+            assert!(grown <= 64, "{grown} kB more");
             let exit = server.stop();
-            assert_eq!(exit.stderr, [sentence]);
-            assert_eq!(exit.stdout[1..], ["Observing 0"]);
+            let longest = "x".repeat(limit - 1);
+            assert_eq!(exit.stdout[1..4], conversation(&longest, port));
+            assert_eq!(exit.stdout[4..], [format!("Observing {longest}")]);
+            assert_eq!(exit.stderr.len(), 4, "{options:?}: {:?}", exit.stderr);
         }
     }
-}
-
-fn too_long(port: u16, limit: usize) -> String {
-    format!("smolrx: line from 127.0.0.1:{port} is longer than {limit} bytes; --max-line allows more")
-}
-
-/// The limit is 2048 bytes when none is given, and a client that ignores it does not make memory grow.
-#[test]
-fn endless_line_is_cut_at_the_limit() {
-    let mut server = Server::start(&calm(&["--keep-open"]));
-    server.echo(line_of(2048));
-    let before = server.memory_kb();
-    let mut client = server.connect();
-    let endless = vec![b'x'; 1 << 20];
-    let mut sent = 0;
-    while let Ok(length) = client.0.write(&endless) {
-        sent += length;
-        assert!(sent < 256 << 20, "nobody stops an endless line");
-    }
-    client.until_closed();
-    let sentence = too_long(client.port(), 2048);
-    server.stderr.wait_for(&sentence);
-    let grown = server.memory_kb().saturating_sub(before);
-    assert!(grown <= 64, "{grown} kB more");
-    assert_eq!(server.stop().stderr, [sentence]);
-}
-
-/// With `--keep-open` the lines before the one that is too long are served.
-#[test]
-fn lines_before_a_longer_one_are_served() {
-    let mut server = Server::start(&calm(&["--keep-open", "--max-line", "16"]));
-    let mut client = server.connect();
-    client.send("one\ntwo\n");
-    client.expect("one\ntwo\n");
-    client.send("three\n12345678901234567890\nfour\n");
-    client.until_closed();
-    server.stderr.wait_for_count(1);
-    let exit = server.stop();
-    assert_eq!(received_from(&exit.stdout, client.port()), ["one", "two", "three"]);
-    assert_eq!(observed(&exit.stdout), ["three"]);
 }
 
 // ---------------------------------------------------------------------- the timeout
 
-/// A connection that sends nothing is closed after `--timeout`, and leaves nothing in the transcript.
+/// A connection that sends nothing for `--timeout` is closed, also in the middle of a line; part of a line is no event,
+/// and leaves nothing in the transcript.
 #[test]
-fn idle_connection_is_closed() {
-    for options in [calm(&["--timeout", "300"]), calm(&["--timeout", "300", "--keep-open"])] {
-        let mut server = Server::start(&options);
-        let connected = Instant::now();
+fn silent_connection_is_closed() {
+    for (keep_open, line, part) in
+        [(0, "", ""), (0, "", "half a li"), (1, "", ""), (1, "", "half a li"), (1, "foo\n", "half a li")]
+    {
+        let mut server = Server::start(&both_ways(&["--timeout", "300"])[keep_open]);
+        let connecting = Instant::now();
         let mut client = server.connect();
+        client.send(line);
+        client.expect(line);
+        let silent = if line.is_empty() { connecting } else { Instant::now() };
+        client.send(part);
         assert_eq!(client.until_closed(), b"");
-        assert!(connected.elapsed() >= ms(295), "after {:?}", connected.elapsed());
-        let port = server.echo("foo\n");
-        assert_eq!(server.stop().stdout[1..4], conversation("foo", port));
+        assert!(silent.elapsed() >= ms(295), "after {:?}", silent.elapsed());
+        drop(client);
+        server.echo("bar\n");
+        let exit = server.stop();
+        assert_eq!(exit.stdout.len(), if line.is_empty() { 5 } else { 8 }, "{exit:?}");
+        assert_eq!(observed(&exit.stdout), ["bar"]);
     }
 }
 
-/// A connection that stops in the middle of a line is closed as well: part of a line is no event.
-#[test]
-fn connection_that_stops_mid_line_is_closed() {
-    let mut server = Server::start(&calm(&["--timeout", "300", "--keep-open"]));
-    let mut client = server.connect();
-    client.send("foo\n");
-    client.expect("foo\n");
-    let sent = Instant::now();
-    client.send("half a li");
-    assert_eq!(client.until_closed(), b"");
-    assert!(sent.elapsed() >= ms(295), "after {:?}", sent.elapsed());
-    let exit = server.stop();
-    assert!(!exit.stdout.iter().any(|line| line.contains("half")), "{exit:?}");
-    assert_eq!(observed(&exit.stdout), ["foo"]);
-}
-
-/// A client that does not take its echo is let go after `--timeout`, and what it sent is observed all the same.
+/// A client that does not take its echo is let go after `--timeout`, and what it sent is observed all the same, as it
+/// is when the client resets the connection meanwhile.
 #[test]
 fn connection_that_does_not_take_its_echo_is_closed() {
-    let mut server = Server::start(&calm(&["--timeout", "500", "--max-line", "20000000"]));
-    let before = server.descriptors();
-    let mut client = Client::with_small_window(server.loopback());
-    client.send(format!("start{}", line_of(12_000_000))); // more than the kernel's buffers hold
-    server.stdout.wait_for_count(3);
-    eventually(PATIENCE, "its descriptor is open no more", || server.descriptors() == before);
-    let exit = server.stop();
-    assert!(exit.stdout.last().unwrap().starts_with("Observing startxxx"), "not observed");
+    for resets in [false, true] {
+        let timeout = if resets { "60000" } else { "1000" };
+        let mut server = Server::start(&calm(&["--timeout", timeout, "--max-line", "6000000"]));
+        let before = server.descriptors();
+        let mut client = Client::with_small_window(server.loopback());
+        client.send(format!("start{}", line_of(HUGE)));
+        client.expect("start");
+        let _kept = (!resets).then_some(client); // who leaves with bytes unread resets
+        eventually(PATIENCE, "its descriptor is open no more", || server.descriptors() == before);
+        let exit = server.stop();
+        assert!(exit.stdout.last().unwrap().starts_with("Observing startxxx"), "not observed");
+    }
 }
 
-/// A client that sends without a pause, but takes no byte of its echo for `--timeout`, is closed as well.
+/// A client that sends without a pause, but takes no byte of its echo for `--timeout`, is closed.
 #[test]
 fn client_that_only_sends_is_closed() {
-    let mut server = Server::start(&calm(&["--keep-open", "--timeout", "1000"]));
-    let client = Client::with_small_window(server.loopback());
-    let mut flood = Flood::new(client, false);
+    let server = Server::start(&calm(&["--keep-open", "--timeout", "1000"]));
+    let mut flood = Flood::new(Client::with_small_window(server.loopback()), false);
     let start = Instant::now();
-    while !flood.ended {
-        assert!(start.elapsed() < ms(10_000), "it is still served after {} lines", flood.lines);
-        if !flood.pump(true) {
-            thread::sleep(ms(1));
-        }
-    }
+    eventually(ms(10_000), "it is served no more", || {
+        while flood.pump(true) {}
+        flood.ended
+    });
     assert!(start.elapsed() >= ms(995), "after {:?}", start.elapsed());
-    server.stop();
 }
 
-/// The time for which the server itself keeps a client waiting, as nobody reads its stdout, does not count.
+/// A client that is slow but goes on is not cut off, be it that its line takes long or that it takes its echo a little
+/// at a time, though the kernel's buffers are large.
 #[test]
-fn connection_that_waits_for_stdout_is_not_closed() {
-    let mut server = Server::start(&calm(&["--timeout", "500", "--keep-open"]));
-    server.stdout.pause();
-    let mut floods = vec![Flood::new(server.connect(), true)];
-    Flood::pump_until_stalled(&mut floods, ms(1500));
-    server.stdout.resume();
-    Flood::complete(&mut floods);
-    assert_eq!(floods[0].echoed, floods[0].lines);
-    server.stop();
-}
-
-/// A client that is slow but goes on is not cut off, however long its line takes.
-#[test]
-fn slow_line_is_not_cut() {
-    let server = Server::start(&calm(&["--timeout", "1500"]));
-    let mut client = server.connect();
-    for _ in 0..10 {
-        client.send("x");
-        thread::sleep(ms(200));
-    }
-    client.send("\n");
-    assert_eq!(client.rest(), b"xxxxxxxxxx\n");
-}
-
-/// A client that takes a little of its echo all the time is not cut off, though the kernel's buffers are large.
-#[test]
-fn slow_taker_is_not_cut() {
-    let server = Server::start(&calm(&["--timeout", "3000", "--max-line", "9000000"]));
-    let line = line_of(8_000_000);
-    let mut client = server.connect();
-    client.send(&line);
-    let mut bytes = vec![];
-    let start = Instant::now();
-    while start.elapsed() < ms(6000) {
-        let mut chunk = [0; 10_000];
-        let length = client.0.read(&mut chunk).expect("the server goes on with its echo");
-        bytes.extend(&chunk[..length]);
-        thread::sleep(ms(100));
-    }
-    bytes.extend(client.until_closed());
-    assert!(bytes == line.as_bytes(), "cut after {} of {} bytes", bytes.len(), line.len());
+fn slow_client_is_not_cut() {
+    let server = &Server::start(&calm(&["--timeout", "1500", "--max-line", "9000000"]));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut client = server.connect();
+            for piece in ["x"; 10].into_iter().chain(["\n"]) {
+                client.send(piece);
+                thread::sleep(ms(200));
+            }
+            assert_eq!(client.rest(), b"xxxxxxxxxx\n");
+        });
+        let line = line_of(8_000_000);
+        let mut client = server.connect();
+        client.send(&line);
+        let (start, mut bytes) = (Instant::now(), vec![]);
+        while start.elapsed() < ms(3000) {
+            let mut chunk = [0; 20_000];
+            let length = client.0.read(&mut chunk).expect("the server goes on with its echo");
+            bytes.extend(&chunk[..length]);
+            thread::sleep(ms(100));
+        }
+        bytes.extend(client.until_closed());
+        assert!(bytes == line.as_bytes(), "cut after {} of {} bytes", bytes.len(), line.len());
+    });
 }
 
 /// Lines that are there when their clients' time is judged count, however late that is: they came while the server
 /// slept, and are more than it looks at in one go.
 #[test]
 fn lines_that_came_in_time_beat_the_timeout() {
-    for keep_open in [false, true] {
-        // On a busy machine it takes longer to connect them all.
-        if ![3000, 12_000, 48_000].into_iter().any(|timeout| lines_beat_the_timeout(keep_open, timeout)) {
-            skip("this machine is too slow to tell");
+    thread::scope(|scope| {
+        for options in both_ways(&[]) {
+            scope.spawn(move || {
+                // On a busy machine it takes longer to connect them all.
+                let timeouts = [1500, 6000, 48_000];
+                if !timeouts.into_iter().any(|timeout| lines_beat_the_timeout(&options, timeout)) {
+                    skip("this machine is too slow to tell");
+                }
+            });
         }
-    }
+    });
 }
 
 /// Returns false if the clients were not connected in time.
-fn lines_beat_the_timeout(keep_open: bool, timeout: u64) -> bool {
+fn lines_beat_the_timeout(options: &[&str], timeout: u64) -> bool {
     const CLIENTS: usize = 500; // more than have a turn at once
-    let timeout_text = timeout.to_string();
-    let mut options = calm(&["--timeout", &timeout_text]);
-    options.extend(keep_open.then_some("--keep-open"));
-    let mut server = Server::start(&options);
+    let mut server = Server::start(&[options, &["--timeout", &timeout.to_string()]].concat());
     let before = server.descriptors();
     server.suspend();
     let mut clients: Vec<Client> = (0..CLIENTS).map(|_| server.connect()).collect();
@@ -378,7 +330,8 @@ fn lines_beat_the_timeout(keep_open: bool, timeout: u64) -> bool {
     thread::sleep(ms(timeout + 300));
     server.wake();
     let echoed = clients.iter_mut().map(|client| usize::from(client.gets("in time\n"))).sum::<usize>();
-    assert_eq!(echoed, CLIENTS, "of {CLIENTS} lines were echoed, keep-open {keep_open}");
+    assert_eq!(echoed, CLIENTS, "of {CLIENTS} lines were echoed, {options:?}");
+    drop(clients);
     assert_eq!(observed(&server.stop().stdout), ["in time"]);
     true
 }
@@ -399,18 +352,6 @@ fn more_sent_at_any_moment_is_passed_over() {
     }
 }
 
-/// Bytes that are sent while the server waits for the client to take its echo do not cut the echo.
-#[test]
-fn more_sent_during_the_echo_is_passed_over() {
-    let server = Server::start(&calm(&["--max-line", "20000000"]));
-    let mut client = Client::with_small_window(server.loopback());
-    let line = line_of(12_000_000); // more than the kernel's buffers hold
-    client.send(&line);
-    server.stdout.wait_for_count(2);
-    client.send("more\n");
-    assert!(client.rest() == line.as_bytes(), "the echo differs");
-}
-
 /// Bytes that are sent while the line waits for room on stdout do not cut the echo.
 #[test]
 fn more_sent_before_the_echo_is_passed_over() {
@@ -428,74 +369,50 @@ fn more_sent_before_the_echo_is_passed_over() {
     assert!(client.rest() == line.as_bytes(), "the echo differs");
 }
 
-/// The echo of a long line arrives whole although its client sends one byte more and takes it late.
+/// The echo of a long line arrives whole although its client sends one byte more and takes it late, be the echo in the
+/// kernel's hands by then or not.
 #[test]
 fn byte_after_a_long_line_costs_nothing() {
-    let server = Server::start(&calm(&["--max-line", "65536"]));
-    let line = line_of(60_000);
-    for pause in [0, 50] {
-        let mut clients: Vec<Client> =
-            (0..10).map(|_| Client::with_small_window(server.loopback())).collect();
-        clients.iter_mut().for_each(|client| client.send(&line));
-        clients.iter().for_each(|client| client.wait_for_bytes(1));
-        thread::sleep(ms(pause));
-        clients.iter_mut().for_each(|client| client.send("+"));
-        thread::sleep(ms(200));
-        let whole =
-            clients.iter_mut().filter_map(|client| (client.until_closed() == line.as_bytes()).then_some(()));
-        assert_eq!(whole.count(), 10, "of 10 echoes were whole, the byte sent after {pause} ms");
+    let server = Server::start(&calm(&["--max-line", "6000000"]));
+    for (length, count, pause) in [(60_000, 10, 0), (60_000, 10, 50), (HUGE, 1, 0)] {
+        let clients = (0..count).map(|_| Client::with_small_window(server.loopback())).collect();
+        byte_after_a_long_line(clients, length, 1, pause, 200);
     }
 }
 
-/// The echo of a long line arrives whole over a slow network, too, although its client sends one byte more.
+/// The echo of a long line arrives whole over a slow network although its client sends one byte more.
 #[test]
 fn byte_after_a_long_line_costs_nothing_over_a_slow_network() {
     let slow = "ip link set lo mtu 1500; tc qdisc add dev lo root tbf rate 8mbit burst 10kb latency 400ms";
     in_a_network_of_its_own(slow, || {
         let server = Server::start(&calm(&["--max-line", "65536"]));
-        let line = line_of(60_000);
         for pause in (20..200).step_by(10) {
-            let mut client = server.connect();
-            client.send(&line);
-            thread::sleep(ms(pause));
-            client.send("+");
-            assert!(client.until_closed() == line.as_bytes(), "not whole, the byte sent after {pause} ms");
+            byte_after_a_long_line(vec![server.connect()], 60_000, 0, pause, 0);
         }
     });
 }
 
-/// A flood behind the line does not cost the echo, and is listened to for about five seconds only.
-#[test]
-fn flood_after_a_long_line_costs_nothing_for_five_seconds() {
-    let server = Server::start(&calm(&["--max-line", "65536"]));
-    let before = server.descriptors();
-    let line = line_of(60_000);
-    let mut client = Client::with_small_window(server.loopback());
-    client.send(&line);
-    client.wait_for_bytes(1);
-    let sent = Instant::now();
-    let mut writer = client.0.try_clone().unwrap();
-    let flood = thread::spawn(move || {
-        // Until the server has had enough.
-        while writer.write_all(&[b'-'; 10_000]).is_ok() {
-            thread::sleep(ms(1));
-        }
-    });
-    thread::sleep(ms(1000));
-    client.expect(&line);
-    assert!(sent.elapsed() < ms(4000), "the echo took {:?}", sent.elapsed());
-    eventually(ms(8000), "it is let go", || server.descriptors() == before);
-    flood.join().unwrap();
+/// Each client sends a line and, some time after so much of its echo has come, a byte; it takes the echo later.
+fn byte_after_a_long_line(mut clients: Vec<Client>, length: usize, begun: u64, pause: u64, later: u64) {
+    let line = line_of(length);
+    clients.iter_mut().for_each(|client| client.send(&line));
+    clients.iter().for_each(|client| client.wait_for_bytes(begun));
+    thread::sleep(ms(pause));
+    clients.iter_mut().for_each(|client| client.send("+"));
+    thread::sleep(ms(later));
+    let whole =
+        clients.iter_mut().filter_map(|client| (client.until_closed() == line.as_bytes()).then_some(()));
+    assert_eq!(whole.count(), clients.len(), "echoes of {length} bytes, the byte sent after {pause} ms");
 }
 
-/// A client that takes its long echo, sends no more and never closes is let go after five seconds;
-/// so is one that does not even take it, and what the kernel holds is delivered to it all the same.
+/// A client that never closes is let go five seconds after its long echo, and gets all of that: be it that it takes
+/// the echo and sends no more, or takes it late amid a flood of its own, or takes it when the server has let go.
 #[test]
 fn client_that_never_closes_is_let_go() {
     let server = Server::start(&calm(&["--max-line", "65536"]));
     let before = server.descriptors();
     let line = line_of(60_000);
-    let mut clients: Vec<Client> = (0..4).map(|_| Client::with_small_window(server.loopback())).collect();
+    let mut clients: Vec<Client> = (0..5).map(|_| Client::with_small_window(server.loopback())).collect();
     for client in &mut clients {
         client.send(&line);
         client.wait_for_bytes(1);
@@ -504,8 +421,20 @@ fn client_that_never_closes_is_let_go() {
         client.send("+");
         client.expect(&line);
     }
-    eventually(ms(8000), "they are let go", || server.descriptors() == before);
-    clients[2..].iter_mut().for_each(|client| client.expect(&line));
+    let sent = Instant::now();
+    let mut writer = clients[4].0.try_clone().unwrap();
+    let flood = thread::spawn(move || {
+        // Until the server has had enough.
+        while writer.write_all(&[b'-'; 10_000]).is_ok() {
+            thread::sleep(ms(1));
+        }
+    });
+    thread::sleep(ms(1000));
+    clients[4].expect(&line);
+    assert!(sent.elapsed() < ms(4000), "the echo took {:?}", sent.elapsed());
+    eventually(ms(7000), "they are let go", || server.descriptors() == before);
+    flood.join().unwrap();
+    clients[2..4].iter_mut().for_each(|client| client.expect(&line));
 }
 
 // --------------------------------------------------------------------- hostile text
@@ -514,26 +443,18 @@ fn client_that_never_closes_is_let_go() {
 /// can do no harm: an event is one line, and no client writes to the terminal.
 #[test]
 fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
-    let nul = ["\0".repeat(2000), "\n".into()].concat();
-    let shown_nul = r"\u{0}".repeat(2000);
+    let (nul, shown_nul) = ("\0".repeat(2000) + "\n", r"\u{0}".repeat(2000));
     let cases: &[(&[u8], &str)] = &[
         (b"\x1b[2J\x1b]0;owned\x07\x1bP+q\x1b\\\n", r"\u{1b}[2J\u{1b}]0;owned\u{7}\u{1b}P+q\u{1b}\"),
-        (b"foo\rbar\n", r"foo\rbar"),
         (b"fake\rReceived me from 127.0.0.1:1\r\n", r"fake\rReceived me from 127.0.0.1:1"),
         (b"foo\r\rbar\r\r\n", r"foo\r\rbar"), // at its end they are blanks
-        (b"foo\0bar\n", r"foo\u{0}bar"),
         (nul.as_bytes(), &shown_nul),
-        (b"a\tb\n", r"a\tb"),
-        (b"a\x0bb\x0cc\x7fd\n", r"a\u{b}b\u{c}c\u{7f}d"),
+        (b"a\tb\x0bc\x0cd\x7fe\0f\n", r"a\tb\u{b}c\u{c}d\u{7f}e\u{0}f"),
         ("csi \u{9b}31m nel \u{85}x\n".as_bytes(), r"csi \u{9b}31m nel \u{85}x"),
-        (
-            "a\u{202e}b\u{2066}c\u{2069}d\u{200f}e\u{61c}f\n".as_bytes(),
-            r"a\u{202e}b\u{2066}c\u{2069}d\u{200f}e\u{61c}f",
-        ),
-        ("a\u{2028}b\u{2029}c\n".as_bytes(), r"a\u{2028}b\u{2029}c"),
+        ("\u{202e}b\u{2066}c\u{2069}\n".as_bytes(), r"\u{202e}b\u{2066}c\u{2069}"),
+        ("d\u{200f}e\u{61c}f\u{2028}g\u{2029}h\n".as_bytes(), r"d\u{200f}e\u{61c}f\u{2028}g\u{2029}h"),
         (b"C:\\new \\u{1b}\n", r"C:\new \u{1b}"),
-        (b"caf\xe9\n", "caf\u{fffd}"),
-        (b"\xff\xfe\xf0\x9f\x92x\n", "\u{fffd}\u{fffd}\u{fffd}x"),
+        (b"caf\xe9 \xff\xfe\xf0\x9f\x92x\n", "caf\u{fffd} \u{fffd}\u{fffd}\u{fffd}x"),
         (b"\xed\xa0\x80 \xc0\xaf\n", "\u{fffd}\u{fffd}\u{fffd} \u{fffd}\u{fffd}"),
         (b"\xc3\x28 \xa0\xa1 \xe2\x28\xa1\n", "\u{fffd}( \u{fffd}\u{fffd} \u{fffd}(\u{fffd}"),
         ("naïve ✓ 🦀 עברית \u{ffff}\u{10ffff}.\n".as_bytes(), "naïve ✓ 🦀 עברית \u{ffff}\u{10ffff}."),
@@ -542,16 +463,15 @@ fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
         ("\u{feff}foo\u{feff}bar\r\n".as_bytes(), "foo\u{feff}bar"),
         (b"no ending\r", "no ending"),
     ];
-    let mut server = Server::start(&calm(&["--debounce", "50"]));
+    let mut server = Server::start(&calm(&["--debounce", "20"]));
     server.stdout.wait_for("Observing 0");
     let mut expected = server.stdout.lines();
     for (line, on_screen) in cases {
         assert_eq!(shown(line), *on_screen, "the tests' own model");
-        let port = server.echo(line);
-        expected.extend(conversation(on_screen, port));
-        let event = format!("Observing {on_screen}");
-        server.stdout.wait_until("the event", |lines| (lines.last() == Some(&event)).then_some(()));
-        expected.push(event);
+        expected.extend(conversation(on_screen, server.echo(line)));
+        expected.push(format!("Observing {on_screen}"));
+        server.stdout.wait_for_count(expected.len());
+        assert_eq!(server.stdout.lines(), expected);
     }
     let exit = server.stop();
     assert_eq!(exit.stdout, expected);
@@ -560,42 +480,34 @@ fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
 
 // ------------------------------------------------------- more clients than --max-conns
 
-/// Clients beyond `--max-conns` wait in the backlog until others have left, and none of them is refused.
+/// As many clients as `--max-conns` says are served at once, 512 without it; the others wait in the backlog until
+/// one has left, are served in the order in which they came, and none is refused.
 #[test]
 fn clients_beyond_the_limit_wait_and_are_served() {
-    let mut server = Server::start(&calm(&["--max-conns", "1"]));
-    let mut first = server.connect();
-    first.send("fir");
-    let mut waiting: Vec<Client> = (0..100).map(|_| server.connect()).collect();
-    for (i, client) in waiting.iter_mut().enumerate() {
-        client.send(format!("waiting {i}\n"));
+    for (limit, options) in [(1, calm(&["--max-conns", "1"])), (512, calm(&[]))] {
+        let mut server = Server::start(&options);
+        let before = server.descriptors();
+        let mut served: Vec<Client> = (0..limit).map(|_| server.connect()).collect();
+        served.iter_mut().for_each(|client| client.send("begun, "));
+        let mut waiting: Vec<Client> = (0..100).map(|_| server.connect()).collect();
+        waiting.iter_mut().for_each(|client| client.send("sent\n"));
+        eventually(PATIENCE, "all that may be are accepted", || server.descriptors() == before + limit);
+        assert!(waiting[0].hears_nothing_for(ms(300)));
+        let mut ends = |client: &mut Client| {
+            client.send("ended\n");
+            assert_eq!(client.rest(), b"begun, ended\n");
+            conversation("begun, ended", client.port())
+        };
+        let mut expected = ends(&mut served[0]).to_vec();
+        for client in &mut waiting {
+            assert_eq!(client.rest(), b"sent\n");
+            expected.extend(conversation("sent", client.port()));
+        }
+        expected.extend(served[1..].iter_mut().flat_map(&mut ends));
+        let exit = server.stop();
+        assert_eq!(exit.stdout[1..=expected.len()], expected, "of one place at a time, in their order");
+        assert_eq!(observed(&exit.stdout), [if limit == 1 { "sent" } else { "begun, ended" }]);
     }
-    assert!(waiting[0].hears_nothing_for(ms(300)));
-    first.send("st\n");
-    assert_eq!(first.rest(), b"first\n");
-    for (i, client) in waiting.iter_mut().enumerate() {
-        assert_eq!(client.rest(), format!("waiting {i}\n").as_bytes());
-    }
-    let exit = server.stop();
-    let mut expected = conversation("first", first.port()).to_vec();
-    expected.extend(
-        waiting.iter().enumerate().flat_map(|(i, c)| conversation(&format!("waiting {i}"), c.port())),
-    );
-    expected.push("Observing waiting 99".into());
-    assert_eq!(exit.stdout[1..], expected, "one at a time, in the order in which they came");
-}
-
-/// 512 clients are served at once when `--max-conns` is not given; the next one is when one of them leaves.
-#[test]
-fn five_hundred_and_twelve_are_served_at_once() {
-    let server = Server::start(&calm(&["--keep-open"]));
-    let mut clients: Vec<Client> = (0..513).map(|_| server.connect()).collect();
-    clients.iter_mut().for_each(|client| client.send("here\n"));
-    let mut next = clients.pop().unwrap();
-    clients.iter_mut().for_each(|client| client.expect("here\n"));
-    assert!(next.hears_nothing_for(ms(300)));
-    drop(clients.pop());
-    next.expect("here\n");
 }
 
 // --------------------------------------------------------------------------- memory
@@ -604,103 +516,90 @@ fn five_hundred_and_twelve_are_served_at_once() {
 const MOST_MEMORY: u64 = 4096;
 
 /// Runs this while looking at the server's memory, which must stay within its bound.
-fn in_bounded_memory<T>(server: &Server, what: &str, run: impl FnOnce() -> T) -> T {
+fn in_bounded_memory<T>(server: &Process, what: &str, run: impl FnOnce() -> T) -> T {
     let largest = AtomicU64::new(0);
-    let result = thread::scope(|scope| {
-        let (done, end) = std::sync::mpsc::channel::<()>();
-        let largest = &largest;
-        scope.spawn(move || {
-            loop {
-                largest.fetch_max(server.memory_kb(), Ordering::Relaxed);
-                if end.recv_timeout(ms(5)) != Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-                    break;
-                }
-            }
-        });
-        let result = run();
-        drop(done);
-        result
-    });
+    let look = || {
+        largest.fetch_max(server.memory_kb(), Ordering::Relaxed);
+        thread::sleep(ms(5));
+        1
+    };
+    let result = beside(vec![look], 1, run);
     let largest = largest.into_inner();
     println!("{what}: {largest} kB");
     assert!(largest <= MOST_MEMORY, "{what}: {largest} kB");
     result
 }
 
-/// 1,020 clients with unfinished lines of twelve lengths, and then twelve lines of DEL, which are shown six times as
-/// long, take bounded memory, be they as long as `--max-line` allows or longer.
+/// 1,020 clients with unfinished lines of many lengths, within `--max-line` or beyond it, and then lines of DEL, which
+/// are shown six times as long, take bounded memory.
 #[test]
 fn unfinished_lines_of_many_lengths_take_bounded_memory() {
     raise_descriptor_limit();
-    for longest in [2048, 65_536] {
-        let server = Server::start(&CALM);
-        in_bounded_memory(&server, &format!("1,020 unfinished lines of up to {longest} bytes"), || {
-            for twelfths in 1..=12 {
-                let mut holders: Vec<Client> = (0..1020).map(|_| server.connect()).collect();
-                for holder in &mut holders {
-                    // One that is too long is refused, perhaps before all of it is sent.
-                    let _ = holder.0.write_all("x".repeat((longest - 100) * twelfths / 12).as_bytes());
-                }
-                thread::sleep(ms(100)); // all that it reads is read
-                holders.into_iter().for_each(Client::reset);
+    let server = Server::start(&CALM);
+    in_bounded_memory(&server, "1,020 unfinished lines of each length", || {
+        for length in (1..=12).map(|twelfths| 1948 * twelfths / 12).chain([10_000, 30_000, 65_436]) {
+            let mut holders: Vec<Client> = (0..1020).map(|_| server.connect()).collect();
+            for holder in &mut holders {
+                // One that is too long is refused, perhaps before all of it is sent.
+                let _ = holder.0.write_all("x".repeat(length).as_bytes());
             }
+            thread::sleep(ms(100)); // all that it reads is read
+            holders.into_iter().for_each(Client::reset);
+        }
+        for length in [2047, 65_535] {
             let mut clients: Vec<Client> = (0..12).map(|_| server.connect()).collect();
             for client in &mut clients {
-                let _ = client.0.write_all(("\x7f".repeat(longest - 1) + "\n").as_bytes());
+                let _ = client.0.write_all(("\x7f".repeat(length) + "\n").as_bytes());
             }
             clients.iter_mut().for_each(|client| _ = client.until_closed());
-        });
-        server.echo("last\n");
-    }
+        }
+    });
+    server.echo("last\n");
 }
 
-/// Connections that all hold as much of an unfinished line as they may take bounded memory, and whole lines beside
-/// them are served at once.
+/// Connections that all hold as much of an unfinished line as they may take bounded memory and no processor time, and
+/// whole lines beside them are served at once.
 #[test]
 fn longest_unfinished_lines_take_bounded_memory_and_nobodys_time() {
     raise_descriptor_limit();
-    for options in [calm(&[]), calm(&["--keep-open"])] {
-        let mut server = Server::start(&options);
-        let holders = in_bounded_memory(&server, "511 unfinished lines", || {
-            let mut holders: Vec<Client> = (0..511).map(|_| server.connect()).collect();
-            let behind_a_line = if options.len() == 2 { String::new() } else { line_of(2000) };
-            let unfinished = behind_a_line.clone() + &"h".repeat(2047);
-            for holder in &mut holders {
-                holder.send(&unfinished);
-                holder.expect(&behind_a_line);
-            }
-            thread::sleep(ms(300)); // all that it reads is read
-            for length in [6, 300, 1000, 2000, 2048] {
-                let start = Instant::now();
-                server.echo(line_of(length));
-                assert!(start.elapsed() < ms(1000), "{length} bytes took {:?}", start.elapsed());
-                let start = Instant::now();
-                let mut client = server.connect();
-                client.send("x".repeat(length / 2));
-                thread::sleep(ms(20)); // the server sees a part
-                client.send(line_of(length - length / 2));
-                client.expect(line_of(length));
-                assert!(
-                    start.elapsed() < ms(1000),
-                    "{length} bytes in two pieces took {:?}",
-                    start.elapsed()
-                );
-            }
-            is_healthy(server.address.port());
-            holders
-        });
-        // Not in good order, in which an unfinished line is a line.
-        holders.into_iter().for_each(Client::reset);
-        server.echo("last\n");
-        assert_eq!(observed(&server.stop().stdout), ["last"]);
-    }
+    thread::scope(|scope| {
+        for (options, behind) in both_ways(&[]).into_iter().zip([String::new(), line_of(2000)]) {
+            scope.spawn(move || longest_unfinished_lines(&options, &behind));
+        }
+    });
+}
+
+fn longest_unfinished_lines(options: &[&str], behind_a_line: &str) {
+    let mut server = Server::start(options);
+    let holders = in_bounded_memory(&server, "511 unfinished lines", || {
+        let mut holders: Vec<Client> = (0..511).map(|_| server.connect()).collect();
+        for holder in &mut holders {
+            holder.send([behind_a_line, &"h".repeat(2047)].concat());
+            holder.expect(behind_a_line);
+        }
+        thread::sleep(ms(500)); // all that it reads is read
+        for length in [6, 300, 1000, 2000, 2048] {
+            is_echoed_within(ms(1000), server.loopback(), &line_of(length), length);
+            is_echoed_within(ms(1000), server.loopback(), &line_of(length), length / 2);
+        }
+        is_healthy(server.address.port());
+        holders
+    });
+    let (start, (before, _)) = (Instant::now(), server.activity());
+    thread::sleep(ms(3000));
+    let (spent, time) = (server.activity().0 - before, start.elapsed());
+    assert!(spent < time / 200, "{spent:?} of processor time in {time:?}");
+    // Not in good order, in which an unfinished line is a line.
+    holders.into_iter().for_each(Client::reset);
+    server.echo("last\n");
+    assert_eq!(observed(&server.stop().stdout), ["last"]);
 }
 
 /// Hundreds of clients that send lines and take no echo take bounded memory, and nobody else's turn.
 #[test]
 fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
     raise_descriptor_limit();
-    let server = Server::start(&calm(&["--keep-open"]));
+    let server = Server::start(&calm(KEEP_OPEN));
     in_bounded_memory(&server, "400 clients that take nothing", || {
         let mut takers: Vec<Flood> =
             (0..400).map(|_| Flood::new(Client::with_small_window(server.loopback()), false)).collect();
@@ -708,10 +607,28 @@ fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
         while Instant::now() < end {
             takers.iter_mut().for_each(|taker| _ = taker.pump(true));
         }
-        let start = Instant::now();
-        server.echo(line_of(2000));
-        assert!(start.elapsed() < ms(1000), "a line took {:?}", start.elapsed());
+        // A busy machine may take the time once or twice.
+        let times = [(); 3].map(|()| time_of_echo(server.loopback(), &line_of(2000), 2000));
+        assert!(times.iter().any(|time| *time < ms(1000)), "a line took {times:?}");
     });
+}
+
+/// A line is served at once, of which so many bytes are sent first.
+fn is_echoed_within(limit: Duration, address: SocketAddr, line: &str, first: usize) {
+    let took = time_of_echo(address, line, first);
+    assert!(took < limit, "{} bytes, {first} of them first, took {took:?}", line.len());
+}
+
+fn time_of_echo(address: SocketAddr, line: &str, first: usize) -> Duration {
+    let start = Instant::now();
+    let mut client = Client::connect(address);
+    client.send(&line[..first]);
+    if first < line.len() {
+        thread::sleep(ms(20)); // the server sees a part
+        client.send(&line[first..]);
+    }
+    client.expect(line);
+    start.elapsed()
 }
 
 /// Text that waits for its reader, six times as long as the bytes that it shows, takes bounded memory; and all of it
@@ -742,33 +659,18 @@ fn text_that_waits_takes_bounded_memory() {
 /// Clients that come and leave without a word while nobody reads stdout leave nothing behind.
 #[test]
 fn clients_that_say_nothing_leave_nothing() {
-    let mut server = Server::start(&calm(&["--keep-open"]));
+    let server = Server::start(&calm(KEEP_OPEN));
     server.stdout.pause();
     let mut floods = vec![Flood::new(server.connect(), true)];
     Flood::pump_until_stalled(&mut floods, ms(300));
     let before = server.memory_kb();
-    for _ in 0..10_000 {
+    for _ in 0..4000 {
         let mut client = server.connect();
         client.finish();
         assert!(client.rest().is_empty());
     }
     let after = server.memory_kb();
-    assert!(after < before + 200, "{before} kB before, {after} kB after");
-    server.stdout.resume();
-    server.stop();
-}
-
-/// 512 clients in the middle of their lines, who say nothing, cost no processor time.
-#[test]
-fn unfinished_lines_cost_no_processor_time() {
-    let server = Server::start(&CALM);
-    let mut holders: Vec<Client> = (0..512).map(|_| server.connect()).collect();
-    holders.iter_mut().for_each(|holder| holder.send("h".repeat(2000)));
-    thread::sleep(ms(500));
-    let (start, (before, _)) = (Instant::now(), server.activity());
-    thread::sleep(ms(3000));
-    let (spent, time) = (server.activity().0 - before, start.elapsed());
-    assert!(spent < time / 200, "{spent:?} of processor time in {time:?}");
+    assert!(after < before + 80, "{before} kB before, {after} kB after");
 }
 
 // ------------------------------------------------- stdout and stderr that nobody reads
@@ -778,51 +680,39 @@ fn unfinished_lines_cost_no_processor_time() {
 #[test]
 fn lines_are_served_beside_a_slow_reader_of_stdout() {
     let (mut reader, writer) = io::pipe().unwrap();
-    let mut command = program(&calm_on_loopback(&["--keep-open"]));
-    command.stdout(writer);
-    let process = Process::spawn_with_stdout(command);
+    let (_process, address) = writing_to(writer, KEEP_OPEN);
     thread::spawn(move || {
         let mut chunk = [0; 16_384];
         while let Ok(length @ 1..) = reader.read(&mut chunk) {
             thread::sleep(Duration::from_secs_f64(length as f64 / 300_000.0));
         }
     });
-    let address = process.listening_address();
     let mut holders: Vec<Client> = (0..9).map(|_| Client::connect(address)).collect();
     holders.iter_mut().for_each(|holder| holder.send("h".repeat(2000)));
-    flood(address, 4, &line_of(101), 100 << 10);
-    let mut times = vec![];
-    for length in [6, 300, 1000, 1500, 2000].repeat(2) {
-        let start = Instant::now();
-        let mut client = Client::connect(address);
-        client.0.set_read_timeout(Some(ms(5000))).unwrap();
-        client.send(line_of(length));
-        times.push((length, client.0.read_exact(&mut vec![0; length]).is_ok(), start.elapsed()));
-    }
-    // 128 KiB wait before them, for half a second; and the flood's lines beside them.
-    assert!(times.iter().all(|(_, whole, time)| *whole && *time < ms(3000)), "{times:?}");
+    beside_a_flood(address, 4, &line_of(101), || {
+        for length in [6, 300, 1000, 1500, 2000].repeat(2) {
+            // 128 KiB wait before it, for half a second; and the flood's lines beside it.
+            is_echoed_within(ms(3000), address, &line_of(length), length);
+        }
+    });
 }
 
-/// Starts clients that send this line over and over and take its echo, until the server is gone; comes back when so
-/// many bytes are echoed.
-fn flood(address: SocketAddr, clients: usize, line: &str, enough: u64) {
-    let echoed = Arc::new(AtomicU64::new(0));
-    for _ in 0..clients {
-        let client = Client::connect(address);
-        let (mut writer, mut reader) = (client.0.try_clone().unwrap(), client.0);
-        writer.set_write_timeout(None).unwrap();
-        reader.set_read_timeout(None).unwrap();
-        let lines = line.repeat(65536 / line.len());
-        thread::spawn(move || while writer.write_all(lines.as_bytes()).is_ok() {});
-        let echoed = echoed.clone();
-        thread::spawn(move || {
-            let mut chunk = [0; 65536];
-            while let Ok(length @ 1..) = reader.read(&mut chunk) {
-                echoed.fetch_add(length as u64, Ordering::Relaxed);
-            }
-        });
+/// What comes out of an output, and the output.
+type Output = (Box<dyn Read + Send>, OwnedFd);
+
+const OUTPUTS: [&str; 3] = ["terminal", "pipe", "socket"];
+
+fn output(kind: &str) -> Output {
+    if kind == "terminal" {
+        let (screen, end) = terminal();
+        return (Box::new(screen), end);
+    } else if kind == "pipe" {
+        let (reader, writer) = io::pipe().unwrap();
+        return (Box::new(reader), writer.into());
     }
-    eventually(PATIENCE, "the flood is on", || echoed.load(Ordering::Relaxed) > enough);
+    let (reader, writer) = UnixStream::pair().unwrap();
+    sockopt::set_socket_send_buffer_size(&writer, 32 << 10).unwrap();
+    (Box::new(reader), writer.into())
 }
 
 /// A server whose output nobody reads, and clients that have sent until it takes no more.
@@ -834,44 +724,20 @@ struct Stalled {
     _scratch: Option<Scratch>,
 }
 
-/// What comes out of an output, and the output.
-type Output = (Box<dyn Read + Send>, OwnedFd);
-
-fn a_terminal() -> Output {
-    let (screen, end) = terminal();
-    (Box::new(screen), end)
-}
-
-fn a_pipe() -> Output {
-    let (reader, writer) = io::pipe().unwrap();
-    (Box::new(reader), writer.into())
-}
-
-fn a_socket() -> Output {
-    let (reader, writer) = UnixStream::pair().unwrap();
-    (Box::new(reader), writer.into())
-}
-
-type MakeOutput = fn() -> Output;
-const OUTPUTS: [(&str, MakeOutput); 3] = [("terminal", a_terminal), ("pipe", a_pipe), ("socket", a_socket)];
-
 /// A server for each kind of stdout that nobody reads: the tests' own user's and another user's, with its stderr
 /// stalled at the same place and not; and what is to hold for it, all at once.
 fn with_every_stalled_stdout(check: impl Fn(Stalled) + Copy + Send) {
     thread::scope(|scope| {
-        for (kind, output) in OUTPUTS {
-            for nobodys in [false, true] {
-                for both in [false, true] {
-                    let what = format!("a {kind}, another user's: {nobodys}, stderr as well: {both}");
-                    let options = calm_on_loopback(&["--keep-open"]);
-                    let (command, scratch) = match nobodys.then(|| program_of_nobody(&options)) {
-                        None => (program(&options), None),
-                        Some(Some((command, scratch))) => (command, Some(scratch)),
-                        Some(None) => continue,
-                    };
-                    let output = output();
-                    scope.spawn(move || check(Stalled::start(what, command, scratch, output, both)));
-                }
+        for kind in OUTPUTS {
+            for (nobodys, both) in [(false, false), (false, true), (true, false), (true, true)] {
+                let what = format!("a {kind}, another user's: {nobodys}, stderr as well: {both}");
+                let options = calm_on_loopback(&["--keep-open", "--timeout", "3000"]);
+                let (command, scratch) = match nobodys.then(|| program_of_nobody(&options)) {
+                    None => (program(&options), None),
+                    Some(Some((command, scratch))) => (command, Some(scratch)),
+                    Some(None) => continue,
+                };
+                scope.spawn(move || check(Stalled::start(what, command, scratch, output(kind), both)));
             }
         }
     });
@@ -892,13 +758,23 @@ impl Stalled {
         let mut process = Process::spawn_with_output(command);
         process.stdout = Transcript::of_paused(reader);
         let address = process.listening_address();
-        let mut floods: Vec<Flood> = (0..2).map(|_| Flood::new(Client::connect(address), true)).collect();
+        let mut floods: Vec<Flood> = (0..4).map(|_| Flood::new(Client::connect(address), true)).collect();
         Flood::pump_until_stalled(&mut floods, ms(500));
-        let exit = health(&[], address.port());
-        assert_eq!(exit.code, Some(0), "{what}: {exit:?}");
+        let echoed: usize = floods.iter().map(|flood| flood.echoed).sum();
+        // Each prints twice its length; 128 KiB are queued, a pipe holds 64 KiB.
+        assert!(echoed * 200 < 400 << 10, "{what}: {echoed} lines were echoed");
+        is_healthy(address.port());
         let flags = fcntl_getfl(&holder).unwrap();
         assert!(!flags.contains(OFlags::NONBLOCK), "{what} does not block its other holders any more");
         Self { what, process, address, floods, _scratch }
+    }
+
+    /// Asks it to stop, and waits for so long; it may not end before it is read.
+    fn is_asked_to_stop(&mut self, wait: Duration) {
+        self.process.signal(Signal::TERM);
+        refuses(self.address);
+        thread::sleep(wait);
+        assert!(self.process.is_running(), "{}: ended before it was read", self.what);
     }
 
     /// Resumes reading, and looks for all that was echoed.
@@ -912,15 +788,12 @@ impl Stalled {
         let exit = self.process.exited(PATIENCE);
         assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{what}: {:?}", exit.stderr);
         for flood in &self.floods {
-            let received = received(&exit.stdout, flood);
-            assert!(received >= flood.echoed, "{what}: {} lines echoed, {received} received", flood.echoed);
-            assert!(asked_to_stop || flood.echoed == flood.lines, "{what}: not all lines are echoed");
+            let (echoed, received) = (flood.echoed, received(&exit.stdout, flood));
+            assert!(received >= echoed, "{what}: {echoed} lines echoed, {received} received");
+            assert!(asked_to_stop || echoed == flood.lines, "{what}: not all lines are echoed");
         }
         let event = exit.stdout.last().unwrap();
-        assert!(
-            event.starts_with("Observing line "),
-            "{what}: the pending event is not the last line: {event}"
-        );
+        assert!(event.starts_with("Observing line "), "{what}: the last line is not observed, but: {event}");
     }
 }
 
@@ -928,19 +801,21 @@ impl Stalled {
 #[test]
 fn second_signal_ends_it_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|mut stalled| {
-        stalled.process.signal(Signal::TERM);
-        refuses(stalled.address);
-        assert!(stalled.process.is_running(), "{}: ended before it was read", stalled.what);
+        stalled.is_asked_to_stop(ms(0));
         stalled.process.signal_again(Signal::TERM);
         eventually(ms(1500), &stalled.what, || !stalled.process.is_running());
         assert_eq!(stalled.process.exit_code(), Some(143), "{}", stalled.what);
     });
 }
 
-/// When somebody reads a stalled stdout again, of whatever kind, no line is missing.
+/// Of lines beside a stalled stdout, of whatever kind, few are echoed; no client is cut off for the time for which it
+/// is kept waiting; and when somebody reads again, no line is missing.
 #[test]
 fn nothing_is_lost_beside_any_stalled_stdout() {
-    with_every_stalled_stdout(|stalled| stalled.completes(false));
+    with_every_stalled_stdout(|stalled| {
+        thread::sleep(ms(3500)); // longer than `--timeout`
+        stalled.completes(false);
+    });
 }
 
 /// A server that is asked to stop writes all that it owes before it ends, also if its stdout is read again long after
@@ -948,10 +823,7 @@ fn nothing_is_lost_beside_any_stalled_stdout() {
 #[test]
 fn all_is_written_after_a_stop_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|mut stalled| {
-        stalled.process.signal(Signal::TERM);
-        refuses(stalled.address);
-        thread::sleep(ms(7000));
-        assert!(stalled.process.is_running(), "{}: ended before it was read", stalled.what);
+        stalled.is_asked_to_stop(ms(7000));
         stalled.completes(true);
     });
 }
@@ -959,13 +831,13 @@ fn all_is_written_after_a_stop_beside_any_stalled_stdout() {
 /// Messages for a stderr that nobody reads, of whatever kind, are left out: they hold up neither clients nor the end.
 #[test]
 fn stalled_stderr_holds_nobody_up() {
-    for (kind, output) in OUTPUTS {
-        let (reader, end) = output();
+    for kind in OUTPUTS {
+        let (_reader, end) = output(kind);
         let mut command = program(&calm_on_loopback(&["--max-line", "16"]));
         command.stdout(Stdio::piped()).stderr(end);
         let mut process = Process::spawn_with_output(command);
         let address = process.listening_address();
-        for i in 0..5000 {
+        for i in 0..3500 {
             let mut client = Client::connect(address);
             client.0.set_read_timeout(Some(ms(2000))).unwrap();
             client.send("longer than sixteen bytes");
@@ -977,7 +849,6 @@ fn stalled_stderr_holds_nobody_up() {
         let signalled = Instant::now();
         process.stop();
         assert!(signalled.elapsed() < ms(2500), "a {kind}: ended after {:?}", signalled.elapsed());
-        drop(reader);
     }
 }
 
@@ -986,10 +857,7 @@ fn stalled_stderr_holds_nobody_up() {
 fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
     let (mut reader, writer) = io::pipe().unwrap();
     let mut servers = [(); 2].map(|()| {
-        let mut command = program(&calm_on_loopback(&["--keep-open"]));
-        command.stdout(writer.try_clone().unwrap());
-        let process = Process::spawn_with_stdout(command);
-        let address = process.listening_address();
+        let (process, address) = writing_to(writer.try_clone().unwrap(), KEEP_OPEN);
         let floods: Vec<Flood> = (0..2).map(|_| Flood::new(Client::connect(address), true)).collect();
         (process, address, floods)
     });
@@ -1000,7 +868,7 @@ fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
         // A page of room, for which both of them were waiting.
         reader.read_exact(&mut [0; 4096]).unwrap();
         for (_, address, floods) in &mut servers {
-            floods.iter_mut().for_each(|flood| _ = flood.pump(true));
+            floods.iter_mut().for_each(|flood| while flood.pump(true) {});
             let mut probe = Client::connect(*address);
             probe.finish();
             probe.0.set_read_timeout(Some(ms(2000))).unwrap();
@@ -1009,41 +877,6 @@ fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
         }
     }
     servers.iter().for_each(|(_, address, _)| is_healthy(address.port()));
-}
-
-/// A stdout that its reader closes ends the server at once, under load as well, silently and with 141.
-#[test]
-fn closed_stdout_ends_it_under_load() {
-    let (mut reader, writer) = io::pipe().unwrap();
-    let mut command = program(&calm_on_loopback(&["--keep-open"]));
-    command.stdout(writer);
-    let mut process = Process::spawn_with_stdout(command);
-    let address = process.listening_address();
-    let mut floods: Vec<Flood> = (0..8).map(|_| Flood::new(Client::connect(address), true)).collect();
-    reader.read_exact(&mut [0; 10]).unwrap();
-    floods.iter_mut().for_each(|flood| _ = flood.pump(true));
-    drop(reader);
-    eventually(ms(2000), "it ends", || {
-        floods.iter_mut().for_each(|flood| _ = flood.pump(true));
-        !process.is_running()
-    });
-    let exit = process.exited(PATIENCE);
-    assert_eq!((exit.code, exit.signal), (Some(141), None), "{exit:?}");
-    assert_eq!(exit.stderr, [""; 0]);
-}
-
-/// A full disk under stdout ends the server with one sentence, and exit code 1.
-#[test]
-fn full_disk_under_stdout_is_one_sentence() {
-    for options in
-        [&["--tcp-port", "0", "--interval", "100"][..], &["--tcp-port", "0", "--interval", "100", "-q"]]
-    {
-        let mut command = program(options);
-        command.stdout(File::options().write(true).open("/dev/full").unwrap());
-        let exit = Process::spawn_with_stdout(command).exited(PATIENCE);
-        assert_eq!((exit.code, exit.signal), (Some(1), None), "{exit:?}");
-        assert_eq!(exit.stderr, ["smolrx: cannot write to stdout: no storage space (error 28)"]);
-    }
 }
 
 /// A file that may not grow any more is a failed write like any other: one sentence, and no death by a signal.
@@ -1063,96 +896,57 @@ fn file_size_limit_under_stdout_is_one_sentence() {
 
 // ------------------------------------------------------------------------- stopping
 
-/// Connects so many clients without waiting for any of them.
-fn many(address: SocketAddr, count: usize) -> Vec<Client> {
-    raise_descriptor_limit();
-    (0..count).map(|_| Client::with_small_window(address)).collect()
-}
-
-/// A server with nobody reading what it prints, as options say.
-fn unheard(options: &[&str]) -> (Process, SocketAddr) {
-    let mut command = program(&calm_on_loopback(options));
-    command.stdout(Stdio::null());
-    let process = Process::spawn_with_stdout(command);
-    let address = process.listening_address();
-    (process, address)
-}
-
 /// The process has ended six seconds after SIGTERM beside clients that send lines without a pause and take their
-/// echo, and it prints the pending event.
+/// echo, four of them or a thousand, and it prints the pending event.
 #[test]
 fn sigterm_ends_a_flood_of_lines() {
     thread::scope(|scope| {
-        for length in [2001, 101, 1] {
+        for (clients, length) in [(4, 2001), (4, 101), (1000, 1)] {
             scope.spawn(move || {
-                let mut process = Process::spawn(program(&calm_on_loopback(&["--keep-open", "--quiet"])));
-                flood(process.listening_address(), 4, &line_of(length), 1 << 20);
-                process.signal(Signal::TERM);
-                let exit = process.stopped(Instant::now());
-                assert_eq!((exit.stdout, exit.stderr.len()), (vec![line_of(length).trim().into()], 0));
+                let (mut process, address) = if clients == 4 {
+                    writing_to(Stdio::piped(), &["--keep-open", "--quiet"])
+                } else {
+                    writing_to(Stdio::null(), &["--keep-open", "--max-conns", "1024"])
+                };
+                let exit = beside_a_flood(address, clients, &line_of(length), || stops_in_time(&mut process));
+                let event = (clients == 4).then(|| line_of(length).trim().into());
+                assert_eq!((exit.stdout, exit.stderr.len()), (Vec::from_iter(event), 0));
             });
         }
     });
 }
 
-/// The process has ended six seconds after SIGTERM beside a thousand clients that flood it with newlines.
+/// The process has ended six seconds after SIGTERM beside a flood of new connections, each with a line and reset.
 #[test]
-fn sigterm_ends_a_flood_of_newlines_of_a_thousand() {
-    let (mut process, address) = unheard(&["--keep-open", "--max-conns", "1024"]);
-    raise_descriptor_limit();
-    let mut clients: Vec<TcpStream> = (0..1000).map(|_| TcpStream::connect(address).unwrap()).collect();
-    clients.iter().for_each(|client| client.set_nonblocking(true).unwrap());
-    let over = AtomicBool::new(false);
-    let echoed = AtomicU64::new(0);
+fn sigterm_ends_a_flood_of_connections() {
     thread::scope(|scope| {
-        for clients in clients.chunks_mut(500) {
-            let (over, echoed) = (&over, &echoed);
+        for options in [&[][..], &["--max-conns", "1"]] {
             scope.spawn(move || {
-                let newlines = [b'\n'; 65536];
-                let mut chunk = [0; 65536];
-                while !over.load(Ordering::Relaxed) {
-                    for client in &mut *clients {
-                        let _ = client.write(&newlines);
-                        echoed.fetch_add(client.read(&mut chunk).unwrap_or(0) as u64, Ordering::Relaxed);
-                    }
-                }
+                let (mut process, address) = writing_to(Stdio::null(), options);
+                let connect = move || {
+                    // Who is not let in now tries again.
+                    let Ok(socket) = TcpStream::connect_timeout(&address, ms(2000)) else { return 0 };
+                    let _ = (&socket).write_all(b"x\n");
+                    let _ = sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
+                    1
+                };
+                beside(vec![connect; 4], 2000, || stops_in_time(&mut process));
             });
         }
-        eventually(PATIENCE, "the flood is on", || echoed.load(Ordering::Relaxed) > 1 << 20);
-        process.signal(Signal::TERM);
-        let signalled = Instant::now();
-        while process.is_running() && signalled.elapsed() < stop_limit() + ms(1000) {
-            thread::sleep(ms(5));
-        }
-        let took = signalled.elapsed();
-        over.store(true, Ordering::Relaxed);
-        assert!(took < stop_limit(), "it goes on {took:?} after the signal");
     });
-    assert_eq!(process.exited(PATIENCE).code, Some(0));
-}
-
-/// The process has ended six seconds after SIGTERM beside clients that never take their echo.
-#[test]
-fn sigterm_ends_clients_that_take_nothing() {
-    let mut server = Server::start(&calm(&["--keep-open"]));
-    let mut takers: Vec<Flood> =
-        (0..4).map(|_| Flood::new(Client::with_small_window(server.loopback()), false)).collect();
-    Flood::pump_until_stalled(&mut takers, ms(500));
-    server.signal(Signal::TERM);
-    server.stopped(Instant::now());
 }
 
 /// The process has ended six seconds after SIGTERM beside a thousand clients that end their lines just before the
 /// grace does, send more, and never take their echo nor close.
 #[test]
 fn sigterm_ends_a_thousand_that_linger() {
-    let (mut process, address) = unheard(&["--max-conns", "1024", "--max-line", "65536"]);
+    raise_descriptor_limit();
+    let (mut process, address) = writing_to(Stdio::null(), &["--max-conns", "1024", "--max-line", "65536"]);
     let before = process.descriptors();
-    let mut clients = many(address, 1000);
+    let mut clients: Vec<Client> = (0..1000).map(|_| Client::with_small_window(address)).collect();
     clients.iter_mut().for_each(|client| client.send("x".repeat(20_000)));
     eventually(PATIENCE, "all are connected", || process.descriptors() >= before + 1000);
-    process.signal(Signal::TERM);
-    let signalled = Instant::now();
+    let signalled = signalled(&process);
     thread::sleep(ms(4200));
     for client in &mut clients {
         let _ = client.0.write_all(b"\nmore"); // the grace may be over
@@ -1160,107 +954,56 @@ fn sigterm_ends_a_thousand_that_linger() {
     process.stopped(signalled);
 }
 
-/// The process has ended six seconds after SIGTERM beside clients that never end their lines, be they silent or go on
-/// sending: part of a line is no event.
+/// The process has ended six seconds after SIGTERM beside clients that take no echo, or that never end their lines,
+/// silent or sending, though they have all connections or all descriptors and others wait; part of a line is no event.
 #[test]
-fn sigterm_cuts_a_line_after_five_seconds() {
-    let mut server = Server::start(&CALM);
-    let mut clients = [server.connect(), server.connect()];
-    clients.iter_mut().for_each(|client| client.send("never"));
-    clients.iter().for_each(Client::is_taken);
-    let signalled = Instant::now();
-    server.signal(Signal::TERM);
-    let [mut sending, _silent] = clients;
-    let trickle = thread::spawn(move || {
-        while sending.0.write_all(b"-").is_ok() {
-            thread::sleep(ms(100));
+fn sigterm_ends_it_whatever_its_clients_hold() {
+    let echo = &*line_of(1_000_000);
+    type Start = fn() -> Server;
+    let cases: [(&str, Start, usize, usize, &str); 5] = [
+        ("echoes", || Server::start(&calm(&["--keep-open", "--max-line", "1000000"])), 4, 0, echo),
+        ("connections", || Server::start(&calm(&["--max-conns", "2"])), 2, 98, "never"),
+        ("descriptors, by its own", || Server::start_with_descriptors_for(0), 0, 1, ""),
+        ("descriptors, silently", || Server::start_with_descriptors_for(2), 2, 1, ""),
+        ("descriptors, in their lines", || Server::start_with_descriptors_for(2), 2, 1, "never"),
+    ];
+    thread::scope(|scope| {
+        for (what, start, holders, others, begun) in cases {
+            scope.spawn(move || {
+                let mut server = start();
+                let connect = |_| Client::with_small_window(server.loopback());
+                let mut clients: Vec<Client> = (0..holders + others).map(connect).collect();
+                clients.iter_mut().for_each(|client| client.send(begun));
+                clients[..holders].iter().for_each(Client::is_taken);
+                if what.starts_with("descriptors") {
+                    server.stderr.wait_until("its warning", |lines| {
+                        lines.iter().any(|line| line.starts_with("smolrx: cannot accept: ")).then_some(())
+                    });
+                }
+                let signalled = signalled(&server);
+                while begun == "never" && server.is_running() && signalled.elapsed() < stop_limit() {
+                    let _ = clients[0].0.write(b"-");
+                    thread::sleep(ms(20));
+                }
+                let exit = server.stopped(signalled);
+                let took = signalled.elapsed();
+                assert!(begun != "never" || took >= ms(4900), "{what}: ended {took:?} after the signal");
+                assert!(begun == echo || exit.stdout[1..] == ["Observing 0"], "{what}: {exit:?}");
+            });
         }
     });
-    let exit = server.stopped(signalled);
-    assert!(signalled.elapsed() >= ms(4900), "after {:?}", signalled.elapsed());
-    assert_eq!(exit.stdout[1..], ["Observing 0"]);
-    trickle.join().unwrap();
-}
-
-/// The process has ended six seconds after SIGTERM beside a flood of new connections, each with a line and reset.
-#[test]
-fn sigterm_ends_a_flood_of_connections() {
-    for options in [&[][..], &["--max-conns", "1"]] {
-        let (mut process, address) = unheard(options);
-        let connections = AtomicU64::new(0);
-        let over = AtomicBool::new(false);
-        thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(|| {
-                    while !over.load(Ordering::Relaxed) {
-                        // Who is not let in now tries again.
-                        if let Ok(socket) = TcpStream::connect_timeout(&address, ms(2000)) {
-                            connections.fetch_add(1, Ordering::Relaxed);
-                            let _ = (&socket).write_all(b"x\n");
-                            let _ = sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
-                        }
-                    }
-                });
-            }
-            eventually(PATIENCE, "the flood is on", || connections.load(Ordering::Relaxed) > 2000);
-            process.signal(Signal::TERM);
-            let signalled = Instant::now();
-            while process.is_running() && signalled.elapsed() < stop_limit() {
-                thread::sleep(ms(5));
-            }
-            // The flood is over, and with it whatever it would still hold up.
-            over.store(true, Ordering::Relaxed);
-            assert!(signalled.elapsed() < stop_limit(), "{options:?}: the flood holds it up");
-        });
-        assert_eq!(process.exited(PATIENCE).code, Some(0), "{options:?}");
-    }
-}
-
-/// The process has ended six seconds after SIGTERM though clients in the middle of their lines have all connections
-/// and others wait in the backlog.
-#[test]
-fn sigterm_ends_a_full_server() {
-    let mut server = Server::start(&calm(&["--max-conns", "2"]));
-    let mut clients: Vec<Client> = (0..100).map(|_| server.connect()).collect();
-    clients.iter_mut().for_each(|client| client.send("half"));
-    clients[..2].iter().for_each(Client::is_taken);
-    server.signal(Signal::TERM);
-    server.stopped(Instant::now());
-}
-
-/// The want of a descriptor does not hold up the end, be they held by clients that are silent, by clients in the
-/// middle of a line, or by nobody but the server itself.
-#[test]
-fn sigterm_ends_it_when_no_descriptor_is_free() {
-    for (clients, begun) in [(0, ""), (2, ""), (2, "begun")] {
-        let mut server = Server::start_with_descriptors_for(clients);
-        let mut holders: Vec<Client> = (0..clients).map(|_| server.connect()).collect();
-        for holder in &mut holders {
-            holder.send(begun);
-            holder.is_taken();
-        }
-        let _waiting = server.connect();
-        // For this one there is none.
-        server.stderr.wait_until("its warning", |lines| {
-            lines.iter().any(|line| line.starts_with("smolrx: cannot accept: ")).then_some(())
-        });
-        server.signal(Signal::TERM);
-        server.stopped(Instant::now());
-    }
 }
 
 /// Connections between two lines are closed at once, those that have sent nothing very soon, and new ones are refused.
 #[test]
 fn stop_closes_idle_connections() {
     for signal in [Signal::TERM, Signal::INT] {
-        let mut server = Server::start(&calm(&["--keep-open"]));
-        let (mut fresh, mut used) = (server.connect(), server.connect());
-        used.send("foo\n");
+        let mut server = Server::start(&calm(KEEP_OPEN));
+        let (mut fresh, mut used) = (server.connect(), client_in(&server, "foo\n"));
         used.expect("foo\n");
         let signalled = Instant::now();
         server.signal(signal);
-        assert_eq!(used.rest(), b"");
-        assert_eq!(fresh.rest(), b"");
+        assert_eq!((used.rest(), fresh.rest()), (vec![], vec![]));
         server.refuses();
         let exit = server.stopped(signalled);
         assert!(signalled.elapsed() < ms(2500), "after {:?}", signalled.elapsed());
@@ -1272,38 +1015,35 @@ fn stop_closes_idle_connections() {
 /// the backlog when the signal came.
 #[test]
 fn line_right_after_the_signal_is_echoed() {
-    for in_the_backlog in [false, true] {
-        for pause in [1, 1, 1, 1, 1, 20, 100, 200] {
-            let what = format!("{pause} ms after the signal, in the backlog: {in_the_backlog}");
-            let in_time = (0..20).any(|_| {
-                let mut server = Server::start(&CALM);
-                if in_the_backlog {
-                    server.suspend();
-                }
-                let mut client = server.connect();
-                if !in_the_backlog {
-                    client.is_taken(); // accepted
-                }
-                server.signal(Signal::TERM);
-                let signalled = Instant::now();
-                if in_the_backlog {
-                    server.wake();
-                }
-                thread::sleep(ms(pause));
-                let sent = client.0.write_all(b"foo\n");
-                // The machine may have taken the time.
-                if signalled.elapsed() > ms(230) {
-                    return false;
-                }
-                assert!(sent.is_ok() && client.until_closed() == b"foo\n", "{what}: not echoed");
-                let exit = server.stopped(signalled);
-                assert_eq!(received_from(&exit.stdout, client.port()), ["foo"], "{what}");
-                assert_eq!(observed(&exit.stdout), ["foo"], "{what}");
-                true
-            });
-            if !in_time {
-                skip(format!("this machine is too slow for {what}"));
+    for (in_the_backlog, pause) in
+        [false, true].into_iter().flat_map(|b| [1, 1, 1, 1, 1, 20, 100, 200].map(|pause| (b, pause)))
+    {
+        let what = format!("{pause} ms after the signal, in the backlog: {in_the_backlog}");
+        let in_time = (0..20).any(|_| {
+            let mut server = Server::start(&CALM);
+            if in_the_backlog {
+                server.suspend();
             }
+            let mut client = server.connect();
+            if !in_the_backlog {
+                client.is_taken(); // accepted
+            }
+            let signalled = signalled(&server);
+            server.wake();
+            thread::sleep(ms(pause));
+            let sent = client.0.write_all(b"foo\n");
+            // The machine may have taken the time.
+            if signalled.elapsed() > ms(230) {
+                return false;
+            }
+            assert!(sent.is_ok() && client.until_closed() == b"foo\n", "{what}: not echoed");
+            let exit = server.stopped(signalled);
+            assert_eq!(exit.stdout[1..4], conversation("foo", client.port()), "{what}");
+            assert_eq!(exit.stdout[4..], ["Observing foo"], "{what}");
+            true
+        });
+        if !in_time {
+            skip(format!("this machine is too slow for {what}"));
         }
     }
 }
@@ -1311,44 +1051,40 @@ fn line_right_after_the_signal_is_echoed() {
 /// A connection in the middle of a line may finish it for five seconds, though nobody new is let in.
 #[test]
 fn stop_lets_a_line_be_finished() {
-    for (rest, options, pause) in [
-        ("ish\n", calm(&[]), 0),
-        ("ish\n", calm(&["--keep-open"]), 0),
-        ("ish", calm(&[]), 0),
-        ("ish\n", calm(&[]), 4000),
-    ] {
-        let mut server = Server::start(&options);
-        let mut client = server.connect();
-        client.send("fin");
-        client.is_taken();
-        let signalled = Instant::now();
-        server.signal(Signal::TERM);
-        server.refuses();
-        thread::sleep(ms(pause));
-        client.send(rest);
-        if !rest.ends_with('\n') {
-            client.finish();
+    let cases = [(&[][..], "ish\n", 0), (KEEP_OPEN, "ish\n", 0), (&[], "ish", 0), (&[], "ish\n", 4000)];
+    thread::scope(|scope| {
+        for (options, rest, pause) in cases {
+            scope.spawn(move || {
+                let mut server = Server::start(&calm(options));
+                let mut client = client_in(&server, "fin");
+                let signalled = signalled(&server);
+                server.refuses();
+                thread::sleep(ms(pause));
+                client.send(rest);
+                if !rest.ends_with('\n') {
+                    client.finish();
+                }
+                assert_eq!(client.rest(), format!("fin{rest}").as_bytes());
+                let exit = server.stopped(signalled);
+                assert!(signalled.elapsed() < ms(pause + 2500), "after {:?}", signalled.elapsed());
+                assert_eq!(exit.stdout[1..4], conversation("finish", client.port()));
+                assert_eq!(exit.stdout[4..], ["Observing finish"]);
+            });
         }
-        assert_eq!(client.rest(), format!("fin{rest}").as_bytes());
-        let exit = server.stopped(signalled);
-        assert!(signalled.elapsed() < ms(pause + 2500), "after {:?}", signalled.elapsed());
-        assert_eq!(exit.stdout[1..4], conversation("finish", client.port()));
-        assert_eq!(exit.stdout[4..], ["Observing finish"]);
-    }
+    });
 }
 
 /// An echo that is under way when the signal comes arrives whole, though its client sends one byte more.
 #[test]
 fn stop_lets_an_echo_be_taken() {
-    for options in [&["--keep-open", "--max-line", "20000000"][..], &["--max-line", "20000000"]] {
-        for length in [60_000, 12_000_000] {
+    for options in both_ways(&["--max-line", "6000000"]) {
+        for length in [60_000, HUGE] {
             let line = line_of(length);
-            let mut server = Server::start(&calm(options));
+            let mut server = Server::start(&options);
             let mut client = Client::with_small_window(server.loopback());
             client.send(&line);
             client.wait_for_bytes(1);
-            let signalled = Instant::now();
-            server.signal(Signal::TERM);
+            let signalled = signalled(&server);
             server.refuses();
             client.send("+");
             assert!(client.until_closed() == line.as_bytes(), "{length} bytes: not whole with {options:?}");
@@ -1362,32 +1098,23 @@ fn stop_lets_an_echo_be_taken() {
 /// Clients in the backlog when the signal comes are served like those who are connected.
 #[test]
 fn stop_serves_the_backlog() {
-    for options in [calm(&[]), calm(&["--keep-open"])] {
+    for options in both_ways(&[]) {
         let mut server = Server::start(&options);
-        let mut early = server.connect();
-        early.send("ear");
-        early.is_taken();
+        let mut early = client_in(&server, "ear");
         server.suspend();
-        let mut clients: Vec<Client> = (0..200).map(|_| server.connect()).collect();
-        for (i, client) in clients.iter_mut().enumerate() {
-            client.send(format!("line {i}\n"));
-        }
-        let mut silent: Vec<Client> = (0..10).map(|_| server.connect()).collect();
-        server.signal(Signal::TERM);
-        let signalled = Instant::now();
+        let mut clients: Vec<Client> = (0..210).map(|_| server.connect()).collect();
+        let (clients, silent) = clients.split_at_mut(200);
+        clients.iter_mut().for_each(|client| client.send("late\n"));
+        let signalled = signalled(&server);
         server.wake();
-        for (i, client) in clients.iter_mut().enumerate() {
-            assert_eq!(client.rest(), format!("line {i}\n").as_bytes(), "{options:?}");
-        }
-        for client in &mut silent {
-            assert_eq!(client.rest(), b"", "{options:?}");
-        }
+        clients.iter_mut().for_each(|client| assert_eq!(client.rest(), b"late\n", "{options:?}"));
+        silent.iter_mut().for_each(|client| assert_eq!(client.rest(), b"", "{options:?}"));
         server.refuses();
         early.send("ly\n");
         assert_eq!(early.rest(), b"early\n", "{options:?}");
         let exit = server.stopped(signalled);
-        for (i, client) in clients.iter().enumerate() {
-            assert_eq!(received_from(&exit.stdout, client.port()), [format!("line {i}")], "{options:?}");
+        for client in clients {
+            assert_eq!(received_from(&exit.stdout, client.port()), ["late"], "{options:?}");
         }
         assert_eq!(exit.stdout.iter().filter(|line| *line == CLOSE).count(), 201, "{options:?}");
         assert_eq!(observed(&exit.stdout), ["early"], "{options:?}");
@@ -1396,26 +1123,22 @@ fn stop_serves_the_backlog() {
 
 // --------------------------------------------------------------------------- health
 
-/// `--health` answers 0 for a server that serves, on whatever it is bound to, and leaves no trace there.
+/// `--health` answers 0 for a server that serves, on whatever it is bound to, leaves no trace there, and answers 1 in
+/// time when nobody listens there any more.
 #[test]
-fn probe_finds_a_live_server() {
+fn probe_tells_a_live_server_from_none() {
     for bind in ["0.0.0.0", "127.0.0.1", "::", "::1"] {
         if bind.contains(':') && no_ipv6(&format!("--health of a server on {bind}")) {
             continue;
         }
         let mut server = Server::start(&calm(&["--bind", bind]));
-        let exit = health(&["--bind", bind], server.address.port());
+        let probe = || health(&["--bind", bind], server.address.port());
+        let exit = probe();
         assert_eq!(exit.code, Some(0), "{bind}: {exit:?}");
         let exit = server.stop();
         assert_eq!((&exit.stdout[1..], exit.stderr.len()), (&["Observing 0".into()][..], 0), "{bind}");
+        unhealthy_in_time(&health(&["--bind", bind], server.address.port()));
     }
-}
-
-/// A probe answers 1 in time when nobody listens.
-#[test]
-fn probe_finds_nobody() {
-    let port = Port::reserve();
-    unhealthy_in_time(&health(&[], port.number()));
 }
 
 /// Within two seconds; the rest is what a busy machine may take to start and end a process.
@@ -1493,15 +1216,14 @@ fn only_server_is_found_without_options() {
         let probe = || run(&["--health"]);
         assert_eq!(probe().code, Some(1), "nobody is there");
         for port in ["9999", "8888"] {
-            let start = || Server::of(Process::spawn(program(&calm(&["--tcp-port", port]))));
-            let mut server = start();
+            let mut server = full_server_on(port).0;
             assert_eq!(probe().code, Some(0), "on port {port}");
             server.suspend();
             unhealthy_in_time(&probe());
             server.wake();
             assert_eq!(server.stop().stdout[1..], ["Observing 0"], "a probe leaves no trace");
             assert_eq!(probe().code, Some(1), "it has ended");
-            let server = start();
+            let server = full_server_on(port);
             assert_eq!(probe().code, Some(0), "another one on port {port}");
             drop(server); // killed
             assert_eq!(probe().code, Some(1), "it was killed");
@@ -1509,20 +1231,23 @@ fn only_server_is_found_without_options() {
     });
 }
 
+/// A server whose only connection is taken, so that a TCP client would wait.
+fn full_server_on(port: &str) -> (Server, Client) {
+    let server = Server::of(Process::spawn(program(&calm(&["--tcp-port", port, "--max-conns", "1"]))));
+    let idle = client_in(&server, "");
+    (server, idle)
+}
+
 /// Of two servers of one network each answers for itself.
 #[test]
 fn each_of_two_servers_answers_for_itself() {
     in_a_network_of_its_own("", || {
-        let start =
-            |port| Server::of(Process::spawn(program(&calm(&["--tcp-port", port, "--max-conns", "1"]))));
         let answers = || [9001, 9002].map(|port| health(&[], port).code);
-        let (one, two) = (start("9001"), start("9002"));
-        let idle = [one.connect(), two.connect(), one.connect(), two.connect()];
-        idle[..2].iter().for_each(Client::is_taken); // accepted: both are full
+        let (one, two) = (full_server_on("9001"), full_server_on("9002"));
         assert_eq!(answers(), [Some(0), Some(0)]);
-        one.suspend();
+        one.0.suspend();
         assert_eq!(answers(), [Some(1), Some(0)]);
-        one.wake();
+        one.0.wake();
         drop(one); // killed
         assert_eq!(answers(), [Some(1), Some(0)]);
         drop(two);
@@ -1534,23 +1259,19 @@ fn each_of_two_servers_answers_for_itself() {
 #[test]
 fn server_that_stops_does_not_answer_for_the_next() {
     in_a_network_of_its_own("", || {
-        let start =
-            || Server::of(Process::spawn(program(&calm(&["--tcp-port", "9001", "--max-conns", "1"]))));
-        let mut old = start();
-        let mut client = old.connect();
-        client.send("half");
-        client.is_taken();
+        // Not a full one, whose backlog keeps its port until the client has left.
+        let mut old = Server::of(Process::spawn(program(&calm(&["--tcp-port", "9001"]))));
+        let mut client = client_in(&old, "half");
         old.signal(Signal::TERM);
         old.refuses();
-        let new = start();
-        let idle = new.connect();
-        idle.is_taken(); // it is full: a TCP client would wait
+        let (new, _idle) = full_server_on("9001");
         let probes = || [run(&["--health"]).code, health(&[], 9001).code];
         assert_eq!(probes(), [Some(0); 2]);
         new.suspend();
         assert_eq!(probes(), [Some(1); 2]);
         new.wake();
         client.send("\n");
+        assert_eq!(client.rest(), b"half\n");
         assert_eq!(old.exited(PATIENCE).code, Some(0));
         assert_eq!(probes(), [Some(0); 2]);
     });

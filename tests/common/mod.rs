@@ -19,7 +19,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -115,6 +115,25 @@ pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) 
         assert!(start.elapsed() < within, "not within {within:?}: {what}");
         thread::sleep(ms(2));
     }
+}
+
+/// Has each load run over and over in a thread of its own as long as `body` runs, which begins once they have counted
+/// to `enough`.
+pub fn beside<T>(loads: Vec<impl FnMut() -> u64 + Send>, enough: u64, body: impl FnOnce() -> T) -> T {
+    let (on, count) = (Arc::new(()), AtomicU64::new(0));
+    thread::scope(|scope| {
+        for mut load in loads {
+            let (on, count) = (Arc::downgrade(&on), &count);
+            scope.spawn(move || {
+                while on.strong_count() > 0 {
+                    count.fetch_add(load(), Ordering::Relaxed);
+                }
+            });
+        }
+        let _on = on; // gone when `body` has come to its end or panicked
+        eventually(PATIENCE, "the load is on", || count.load(Ordering::Relaxed) >= enough);
+        body()
+    })
 }
 
 // ---------------------------------------------------------------- the program
@@ -542,7 +561,8 @@ impl Server {
 /// Nobody is let in at an address any more, and at once.
 pub fn refuses(address: SocketAddr) {
     eventually(ms(1000), "a new connection is refused", || {
-        TcpStream::connect(address).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
+        TcpStream::connect_timeout(&address, ms(1000))
+            .is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
     });
 }
 
@@ -876,6 +896,8 @@ pub struct Flood {
 impl Flood {
     pub fn new(client: Client, reads: bool) -> Self {
         client.0.set_nonblocking(true).unwrap();
+        // Left alone, the kernel holds megabytes of what is sent to a server that takes no more.
+        sockopt::set_socket_send_buffer_size(&client.0, 64 << 10).unwrap();
         let (port, unsent, awaited) = (client.port(), vec![], VecDeque::new());
         let (lines, echoed, has_finished, ended) = (0, 0, false, false);
         Self { client, port, reads, lines, unsent, echoed, awaited, has_finished, ended }
