@@ -1554,8 +1554,8 @@ event, and finds it in the environment variable SMOLRX_EVENT.
   --timeout MS      a connection that neither sends nor takes a byte for that
                     long is closed [60000]
   -q, --quiet       print events alone, one a line; with a COMMAND, nothing
-  --health          ask the server on --tcp-port and --bind whether it is
-                    healthy, or without these the first one here; exit 0 or 1
+  --health          ask the server on --tcp-port whether it is healthy, or
+                    without that the first one here; exit 0 or 1
   -h, --help        print this
   -V, --version     print the version
 ";
