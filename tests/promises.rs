@@ -1,4 +1,4 @@
-//! What the server promises, row by row: the echo is the acknowledgement, and all that stands beside it.
+//! What the server promises, a section each; the table in `tests/README.md` names the tests of each promise.
 //!
 //! What takes a privilege or a tool (another user, a network of its own) is skipped where that is not to be had,
 //! and says so.
@@ -37,7 +37,7 @@ fn writing_to(stdout: impl Into<Stdio>, options: &[&str]) -> (Process, SocketAdd
     (process, address)
 }
 
-/// A client that is accepted, and of which the server has read so much.
+/// A client that has sent `text`, all of which the server has read.
 fn client_in(server: &Server, text: &str) -> Client {
     let mut client = server.connect();
     client.send(text);
@@ -45,13 +45,13 @@ fn client_in(server: &Server, text: &str) -> Client {
     client
 }
 
-/// It ends well and in time after a signal.
+/// Ends it by SIGTERM, well and in time.
 fn stops_in_time(process: &mut Process) -> Exit {
     let signalled = signalled(process);
     process.stopped(signalled)
 }
 
-/// Signals it, and answers when.
+/// Sends SIGTERM, and returns when.
 fn signalled(process: &Process) -> Instant {
     let now = Instant::now();
     process.signal(Signal::TERM);
@@ -97,7 +97,7 @@ fn echoed_line_is_printed_and_observed() {
     }
 }
 
-// ------------------------------------------------------------------ byte for byte
+// ------------------------------------------------------------------------- a line
 
 /// Small lines do not wait for the client's acknowledgement of the echoes before them.
 #[test]
@@ -140,7 +140,7 @@ fn lines_of_a_client_that_is_gone_are_received() {
     let many: String = (0..10_000).map(|i| format!("{i}\n")).collect();
     let some = (0..100).map(|i| format!("{i:059}\n")).collect::<String>() + "part of a line";
     for (options, text, resets, in_the_backlog) in [
-        // While the server runs, its client's own kernel may drop what is under way.
+        // In the backlog: an echo to a client that has left makes its kernel drop what is under way.
         (KEEP_OPEN, &*many, false, true),
         (KEEP_OPEN, &some, true, true),
         (KEEP_OPEN, &some, true, false),
@@ -171,7 +171,7 @@ fn lines_of_a_client_that_is_gone_are_received() {
     }
 }
 
-// ------------------------------------------------------------------ too long a line
+// ----------------------------------------------------- hostile input: too long a line
 
 /// A line longer than `--max-line`, its ending included, gets a sentence on stderr that names the option, no echo, no
 /// event and no memory, be it a byte longer or endless; the limit is 2048 bytes when none is given.
@@ -207,7 +207,7 @@ fn longer_line_is_refused() {
     }
 }
 
-// ---------------------------------------------------------------------- the timeout
+// ----------------------------------------------------------- silence for --timeout
 
 /// A connection that sends nothing for `--timeout` is closed, also in the middle of a line; part of a line is no event,
 /// and leaves nothing in the transcript.
@@ -330,17 +330,17 @@ fn lines_beat_the_timeout(options: &[&str], timeout: u64) -> bool {
     thread::sleep(ms(timeout + 300));
     server.wake();
     let echoed = clients.iter_mut().map(|client| usize::from(client.gets("in time\n"))).sum::<usize>();
-    assert_eq!(echoed, CLIENTS, "of {CLIENTS} lines were echoed, {options:?}");
+    assert_eq!(echoed, CLIENTS, "lines echoed in time, {options:?}");
     drop(clients);
     assert_eq!(observed(&server.stop().stdout), ["in time"]);
     true
 }
 
-// --------------------------------------------------- a long echo, and what comes after
+// ------------------------------------------------------------------------ an echo
 
 /// Bytes behind the line do not cost a client its echo, whenever they come.
 #[test]
-fn more_sent_at_any_moment_is_passed_over() {
+fn more_sent_at_any_moment_does_not_cut_the_echo() {
     let server = Server::start(&CALM);
     for i in 0..1000 {
         let mut client = server.connect();
@@ -354,7 +354,7 @@ fn more_sent_at_any_moment_is_passed_over() {
 
 /// Bytes that are sent while the line waits for room on stdout do not cut the echo.
 #[test]
-fn more_sent_before_the_echo_is_passed_over() {
+fn more_sent_before_the_echo_does_not_cut_it() {
     let server = Server::start(&calm(&["--max-line", "65536"]));
     server.stdout.pause();
     let line = line_of(60_000);
@@ -372,7 +372,7 @@ fn more_sent_before_the_echo_is_passed_over() {
 /// The echo of a long line arrives whole although its client sends one byte more and takes it late, be the echo in the
 /// kernel's hands by then or not.
 #[test]
-fn byte_after_a_long_line_costs_nothing() {
+fn byte_after_a_long_line_does_not_cut_the_echo() {
     let server = Server::start(&calm(&["--max-line", "6000000"]));
     for (length, count, pause) in [(60_000, 10, 0), (60_000, 10, 50), (HUGE, 1, 0)] {
         let clients = (0..count).map(|_| Client::with_small_window(server.loopback())).collect();
@@ -382,7 +382,7 @@ fn byte_after_a_long_line_costs_nothing() {
 
 /// The echo of a long line arrives whole over a slow network although its client sends one byte more.
 #[test]
-fn byte_after_a_long_line_costs_nothing_over_a_slow_network() {
+fn byte_after_a_long_line_does_not_cut_the_echo_over_a_slow_network() {
     let slow = "ip link set lo mtu 1500; tc qdisc add dev lo root tbf rate 8mbit burst 10kb latency 400ms";
     in_a_network_of_its_own(slow, || {
         let server = Server::start(&calm(&["--max-line", "65536"]));
@@ -437,7 +437,7 @@ fn client_that_never_closes_is_let_go() {
     clients[2..4].iter_mut().for_each(|client| client.expect(&line));
 }
 
-// --------------------------------------------------------------------- hostile text
+// ------------------------------------------------------------------- hostile input
 
 /// Control characters, bidi controls and bytes that are not UTF-8 are echoed as they came, and shown so that they
 /// can do no harm: an event is one line, and no client writes to the terminal.
@@ -478,7 +478,7 @@ fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
     assert!(!exit.stdout.iter().any(|line| line.contains(is_hostile)), "{exit:?}");
 }
 
-// ------------------------------------------------------- more clients than --max-conns
+// ------------------------------------------------------------------- a full server
 
 /// As many clients as `--max-conns` says are served at once, 512 without it; the others wait in the backlog until
 /// one has left, are served in the order in which they came, and none is refused.
@@ -500,12 +500,12 @@ fn clients_beyond_the_limit_wait_and_are_served() {
         };
         let mut expected = ends(&mut served[0]).to_vec();
         for client in &mut waiting {
-            assert_eq!(client.rest(), b"sent\n");
+            assert_eq!(client.rest(), b"sent\n", "a client beyond the limit is served");
             expected.extend(conversation("sent", client.port()));
         }
         expected.extend(served[1..].iter_mut().flat_map(&mut ends));
         let exit = server.stop();
-        assert_eq!(exit.stdout[1..=expected.len()], expected, "of one place at a time, in their order");
+        assert_eq!(exit.stdout[1..=expected.len()], expected, "the waiting are served in their order");
         assert_eq!(observed(&exit.stdout), [if limit == 1 { "sent" } else { "begun, ended" }]);
     }
 }
@@ -613,7 +613,7 @@ fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
     });
 }
 
-/// A line is served at once, of which so many bytes are sent first.
+/// A line is echoed within `limit`, its first `first` bytes sent ahead.
 fn is_echoed_within(limit: Duration, address: SocketAddr, line: &str, first: usize) {
     let took = time_of_echo(address, line, first);
     assert!(took < limit, "{} bytes, {first} of them first, took {took:?}", line.len());
@@ -697,7 +697,7 @@ fn lines_are_served_beside_a_slow_reader_of_stdout() {
     });
 }
 
-/// What comes out of an output, and the output.
+/// An output's end to read, and the server's end.
 type Output = (Box<dyn Read + Send>, OwnedFd);
 
 const OUTPUTS: [&str; 3] = ["terminal", "pipe", "socket"];
@@ -724,13 +724,13 @@ struct Stalled {
     _scratch: Option<Scratch>,
 }
 
-/// A server for each kind of stdout that nobody reads: the tests' own user's and another user's, with its stderr
-/// stalled at the same place and not; and what is to hold for it, all at once.
+/// Runs `check` at once on a server for each kind of stdout that nobody reads: run by the tests' own user and by nobody,
+/// with its stderr stalled there as well and not.
 fn with_every_stalled_stdout(check: impl Fn(Stalled) + Copy + Send) {
     thread::scope(|scope| {
         for kind in OUTPUTS {
             for (nobodys, both) in [(false, false), (false, true), (true, false), (true, true)] {
-                let what = format!("a {kind}, another user's: {nobodys}, stderr as well: {both}");
+                let what = format!("a {kind}, run by nobody: {nobodys}, stderr as well: {both}");
                 let options = calm_on_loopback(&["--keep-open", "--timeout", "3000"]);
                 let (command, scratch) = match nobodys.then(|| program_of_nobody(&options)) {
                     None => (program(&options), None),
@@ -803,7 +803,9 @@ fn second_signal_ends_it_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|mut stalled| {
         stalled.is_asked_to_stop(ms(0));
         stalled.process.signal_again(Signal::TERM);
-        eventually(ms(1500), &stalled.what, || !stalled.process.is_running());
+        eventually(ms(1500), &format!("the second signal ends it: {}", stalled.what), || {
+            !stalled.process.is_running()
+        });
         assert_eq!(stalled.process.exit_code(), Some(143), "{}", stalled.what);
     });
 }
@@ -881,7 +883,7 @@ fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
 
 /// A file that may not grow any more is a failed write like any other: one sentence, and no death by a signal.
 #[test]
-fn file_size_limit_under_stdout_is_one_sentence() {
+fn stdout_at_its_size_limit_ends_it_with_a_message() {
     let scratch = Scratch::new();
     let path = scratch.file("log");
     let mut command = program_after("ulimit -f 1", &["--tcp-port", "0", "--interval", "10"]);
@@ -896,7 +898,7 @@ fn file_size_limit_under_stdout_is_one_sentence() {
 
 // ------------------------------------------------------------------------- stopping
 
-/// The process has ended six seconds after SIGTERM beside clients that send lines without a pause and take their
+/// The process ends within six seconds of SIGTERM beside clients that send lines without a pause and take their
 /// echo, four of them or a thousand, and it prints the pending event.
 #[test]
 fn sigterm_ends_a_flood_of_lines() {
@@ -916,7 +918,7 @@ fn sigterm_ends_a_flood_of_lines() {
     });
 }
 
-/// The process has ended six seconds after SIGTERM beside a flood of new connections, each with a line and reset.
+/// The process ends within six seconds of SIGTERM beside a flood of new connections, each with a line and reset.
 #[test]
 fn sigterm_ends_a_flood_of_connections() {
     thread::scope(|scope| {
@@ -936,7 +938,7 @@ fn sigterm_ends_a_flood_of_connections() {
     });
 }
 
-/// The process has ended six seconds after SIGTERM beside a thousand clients that end their lines just before the
+/// The process ends within six seconds of SIGTERM beside a thousand clients that end their lines just before the
 /// grace does, send more, and never take their echo nor close.
 #[test]
 fn sigterm_ends_a_thousand_that_linger() {
@@ -954,7 +956,7 @@ fn sigterm_ends_a_thousand_that_linger() {
     process.stopped(signalled);
 }
 
-/// The process has ended six seconds after SIGTERM beside clients that take no echo, or that never end their lines,
+/// The process ends within six seconds of SIGTERM beside clients that take no echo, or that never end their lines,
 /// silent or sending, though they have all connections or all descriptors and others wait; part of a line is no event.
 #[test]
 fn sigterm_ends_it_whatever_its_clients_hold() {
@@ -963,7 +965,7 @@ fn sigterm_ends_it_whatever_its_clients_hold() {
     let cases: [(&str, Start, usize, usize, &str); 5] = [
         ("echoes", || Server::start(&calm(&["--keep-open", "--max-line", "1000000"])), 4, 0, echo),
         ("connections", || Server::start(&calm(&["--max-conns", "2"])), 2, 98, "never"),
-        ("descriptors, by its own", || Server::start_with_descriptors_for(0), 0, 1, ""),
+        ("descriptors, none for a client", || Server::start_with_descriptors_for(0), 0, 1, ""),
         ("descriptors, silently", || Server::start_with_descriptors_for(2), 2, 1, ""),
         ("descriptors, in their lines", || Server::start_with_descriptors_for(2), 2, 1, "never"),
     ];
@@ -1171,9 +1173,9 @@ fn full_server_is_healthy_and_a_hanging_one_is_not() {
     }
 }
 
-/// A server whose name another process has says so at its start, and is found by TCP once that process is gone.
+/// If another process has a server's name, the server says so at its start, and is found by TCP once that process is gone.
 #[test]
-fn name_of_another_process_is_a_warning() {
+fn name_taken_by_another_process_is_a_warning() {
     let port = Port::reserve();
     let number = port.number().to_string();
     let name = SocketAddrUnix::new_abstract_name(format!("smolrx {number}").as_bytes()).unwrap();
@@ -1277,7 +1279,7 @@ fn server_that_stops_does_not_answer_for_the_next() {
     });
 }
 
-// --------------------------------------------------------------- no descriptor is left
+// ----------------------------------------------- a full server: no descriptor is left
 
 /// Out of descriptors it waits without spinning, warns once a second at most, and goes on when there are some:
 /// every client is served in the end.
@@ -1301,7 +1303,7 @@ fn descriptors_exhausted_and_recovered() {
     for (i, client) in clients.iter_mut().enumerate() {
         assert_eq!(client.rest(), format!("client {i}\n").as_bytes());
     }
-    eventually(PATIENCE, "no descriptor is left", || server.descriptors() == before);
+    eventually(PATIENCE, "all clients' descriptors are closed", || server.descriptors() == before);
     let exit = server.stop();
     assert_eq!(exit.stdout.iter().filter(|line| *line == CLOSE).count(), 100);
     assert!(exit.stderr.iter().all(|line| line.starts_with("smolrx: ")), "{:?}", exit.stderr);
