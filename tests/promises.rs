@@ -724,8 +724,8 @@ struct Stalled {
     _scratch: Option<Scratch>,
 }
 
-/// Runs `check` at once on a server for each kind of stdout that nobody reads: run by the tests' own user and by nobody,
-/// with its stderr stalled there as well and not.
+/// Runs `check` at once on a server for each kind of stdout that nobody reads: run by the tests' own user and by
+/// nobody, with its stderr stalled there as well and not.
 fn with_every_stalled_stdout(check: impl Fn(Stalled) + Copy + Send) {
     thread::scope(|scope| {
         for kind in OUTPUTS {
@@ -1173,7 +1173,8 @@ fn full_server_is_healthy_and_a_hanging_one_is_not() {
     }
 }
 
-/// If another process has a server's name, the server says so at its start, and is found by TCP once that process is gone.
+/// If another process has a server's name, the server says so at its start, and is found by TCP once that process
+/// is gone.
 #[test]
 fn name_taken_by_another_process_is_a_warning() {
     let port = Port::reserve();
