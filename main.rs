@@ -103,7 +103,7 @@ fn exit_with(outcome: Result<(), String>, status_if_failed: i32) -> ! {
 /// Tasks that run before the reactor is asked for events again.
 const TASKS_PER_TURN: usize = 200;
 
-/// Serves until a signal or a failing stdout ends the process. Returns only why it could not start.
+/// Serves until the process ends. Returns only why it could not start.
 fn serve(options: Options, signals: Signals) -> Result<(), String> {
     // Each connection needs a descriptor. If the limit can't be raised, `accept` reports running out.
     let limit = getrlimit(Resource::Nofile);
@@ -250,8 +250,8 @@ pub mod rx {
         }
     }
 
-    /// A hot subject with one observer. Rx's calls its observer at once; here that is a task which runs later
-    /// and finds only the latest item: debounce would drop the others of the same turn anyway.
+    /// A hot subject with one observer. Rx's calls it at once; here a task polls later, and finds only the
+    /// latest item: debounce would drop the others of the same turn anyway.
     #[derive(Default)]
     pub struct Subject<T> {
         latest: Cell<Option<T>>,
@@ -308,7 +308,7 @@ pub mod rx {
     }
 
     /// The operators of Rx that futures-lite lacks. One that an option can turn off takes an `Option`, as
-    /// `max_wait`. The smallest is one line:
+    /// `max_wait`. A new one may be one line:
     ///
     /// ```text
     /// fn start_with(self, item: Self::Item) -> impl Stream<Item = Self::Item> {
@@ -430,8 +430,7 @@ struct Command {
     variables: Vec<&'static CStr>,
     original_mask: SigSet,
     original_limit: Rlimit,
-    /// Two descriptors kept for the start of a run, which takes two for a moment: clients may take all
-    /// others.
+    /// Two low descriptors, freed while a run starts: clients may hold all others below the original limit.
     reserve: Cell<Option<(OwnedFd, OwnedFd)>>,
     /// The run that is under way, and how the last one ended.
     pid: Cell<Option<Pid>>,
@@ -469,6 +468,7 @@ impl Command {
         let name = self.args[0].to_bytes_with_nul();
         let path = variables.iter().find_map(|variable| variable.to_bytes().strip_prefix(b"PATH="));
         let path = if name.contains(&b'/') { b"" } else { path.unwrap_or(b"/usr/local/bin:/usr/bin:/bin") };
+        // posix_spawn sets no limits: the command inherits those of this moment.
         let raised = getrlimit(Resource::Nofile);
         drop(self.reserve.take());
         let _ = setrlimit(Resource::Nofile, self.original_limit);
@@ -585,8 +585,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const FIRST_BYTE_GRACE: Duration = Duration::from_millis(250);
 /// A second signal within this time counts as the first: `timeout` sends two.
 const SAME_SIGNAL: Duration = Duration::from_millis(100);
-/// The send buffer of a connection, in bytes (Linux doubles it). Left alone, it grows to megabytes, and it
-/// takes seconds before anybody sees that a slow client takes its echo.
+/// The send buffer of a connection, in bytes (Linux doubles it). Left alone, it grows to megabytes, and a
+/// slow client's progress shows only every few seconds.
 const SEND_BUFFER: usize = 128 * 1024;
 
 /// What all tasks share. They run on one thread, so cells do where locks would cost.
@@ -681,7 +681,7 @@ impl Server {
                     if let Some(Ok(peer)) = peer.map(SocketAddr::try_from) {
                         self.handle_client(socket.into(), peer);
                     }
-                    // Nobody leaves before the others get their turn: `connected` counts those accepted.
+                    // Nobody leaves before this task yields, so `connected` counts those accepted.
                     if self.connected.get().is_multiple_of(ACCEPTED_PER_TURN) {
                         future::yield_now().await;
                     }
@@ -772,8 +772,8 @@ fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
     }
     net::bind(&socket, &address)?;
     net::listen(&socket, BACKLOG)?;
-    // async-net's own `bind` takes neither backlog nor options, and its `accept` registers each client, which
-    // costs two system calls more.
+    // By async-net, as the project's design asks for; but its `bind` takes neither backlog nor options, and
+    // its `accept` registers each client, which costs two system calls more.
     Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
 
@@ -830,7 +830,8 @@ struct Connection<'a> {
     peer: &'a SocketAddr,
     /// The registration with the reactor, made once there is something to wait for: often there is not.
     io: Option<Async<BorrowedFd<'a>>>,
-    /// Bytes received: whole lines that are to be echoed, then what is left. At most a line and a chunk.
+    /// What is to be sent (whole lines, or the HTTP answer), then the other bytes received: at most a line
+    /// and a chunk, and the answer.
     buffer: Vec<u8>,
     /// How many bytes at its start are to be echoed, and how many of these have been.
     to_echo: usize,
@@ -863,11 +864,11 @@ impl Connection<'_> {
         }
     }
 
-    /// Receives lines and sends them back: one, or with `--keep-open` all that come. Returns whether the
-    /// client may still be there, to take what is on its way.
+    /// Receives lines and sends them back: one, or with `--keep-open` all that come. Returns whether more
+    /// may come: then a plain close could cost the client its echo.
     async fn serve(&mut self) -> Result<bool, Failure> {
         let server = self.server;
-        // What stands between the two copies of a text in the transcript, once there is one.
+        // The middle of an entry in the transcript, "Received ... Send: ...", made at the first line.
         let mut between = String::new();
         // Bytes of the unfinished line that hold no newline.
         let mut searched = 0;
@@ -879,7 +880,7 @@ impl Connection<'_> {
                     self.echo().await?;
                     server.stdout.ready().await;
                 }
-                // The grace is over: what is not echoed has not been received.
+                // No lines are taken any more: what is not echoed has not been received.
                 Line::Whole(_) if server.lines.is_completed() => return Err(Failure::TimedOut),
                 Line::Whole(length) if is_http_request(&rest[..length]) => {
                     // A browser, say, is answered in its own words.
@@ -1128,7 +1129,7 @@ mod output {
 
     /// From so many bytes of text on, producers wait.
     const HIGH_WATER_MARK: usize = 64 * 1024;
-    /// What a thread reads at once, in bytes; longer lines may be torn.
+    /// What a thread reads at once, in bytes.
     const COPIED_AT_ONCE: usize = 16 * 1024;
 
     /// Threads that have not written all yet.
@@ -1256,7 +1257,7 @@ mod output {
                 _ => _ = text.drain(..end),
             }
         }
-        // The last thread ends the process; stdout's waits a moment for that of stderr.
+        // The last thread ends the process; but stdout's waits for the other only a moment.
         let mut is_last = WRITERS.fetch_sub(1, Relaxed) == 1;
         while !is_last {
             let _ = poll(&mut [], is_stdout.then_some(&MOMENT));
@@ -1691,7 +1692,7 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
         value.ok_or_else(|| ["option '", &self.name, "' needs a value"].concat())
     }
 
-    /// The same as a number from `min` to `max`, or as 0 where the description begins with it.
+    /// The value as a number from `min` to `max`, or 0 where the description begins with 0.
     fn number(&mut self, description: &str, min: u32, max: u32) -> Result<u32, String> {
         let typed = self.value()?;
         let digit = |number: u32, byte| number.checked_mul(10)?.checked_add(char::from(byte).to_digit(10)?);
@@ -1760,7 +1761,7 @@ impl Server {
         })
     }
 
-    /// Answers for as long as the executor runs.
+    /// Answers until its task is dropped.
     async fn answer(&self, socket: OwnedFd) {
         let Ok(io) = Async::new_nonblocking(socket.as_fd()) else { return };
         loop {
