@@ -1043,9 +1043,11 @@ impl Connection<'_> {
     fn try_read(&mut self) -> Result<usize, Errno> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let bytes = self.read_chunk(&mut chunk)?;
-        // It grows by doubling, so that few sizes occur, but never beyond a line and a chunk.
+        // It grows to powers of sixteen, so that few sizes occur and leave few holes in memory, but never beyond
+        // a line and a chunk.
         let length = self.buffer.len() + bytes.len();
-        let capacity = length.next_power_of_two().min(self.server.options.max_line + CHUNK);
+        let capacity = 16 << ((length | 1).ilog2() & !3);
+        let capacity = capacity.min(self.server.options.max_line + CHUNK);
         self.buffer.reserve_exact(capacity - self.buffer.len());
         self.buffer.extend_from_slice(bytes);
         Ok(bytes.len())
