@@ -1043,8 +1043,8 @@ impl Connection<'_> {
     fn try_read(&mut self) -> Result<usize, Errno> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let bytes = self.read_chunk(&mut chunk)?;
-        // It grows to powers of sixteen, so that few sizes occur and leave few holes in memory, but never beyond
-        // a line and a chunk.
+        // It grows to powers of sixteen, so that few sizes occur and leave few holes in memory, but never
+        // beyond a line and a chunk.
         let length = self.buffer.len() + bytes.len();
         let capacity = 16 << ((length | 1).ilog2() & !3);
         let capacity = capacity.min(self.server.options.max_line + CHUNK);
