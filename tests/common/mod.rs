@@ -560,9 +560,9 @@ impl Server {
 
 /// Nobody is let in at an address any more, and at once.
 pub fn refuses(address: SocketAddr) {
-    eventually(ms(1000), "a new connection is refused", || {
-        TcpStream::connect_timeout(&address, ms(1000))
-            .is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
+    eventually(ms(1500), "a new connection is refused", || {
+        // One that comes in between two steps of the end gets no answer for a second.
+        TcpStream::connect_timeout(&address, ms(100)).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
     });
 }
 
