@@ -63,24 +63,16 @@ compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 static ALLOCATOR: SmallGlobalTlsf = SmallGlobalTlsf::new();
 
 fn main() -> ! {
-    // This comes first: until signals are blocked, one that is sent to process 1 is lost.
-    let signals = Signals::block();
     let mut args = env::args_os();
     args.next(); // its own name
     let outcome = match Invocation::parse(args) {
-        Ok(Invocation::Serve(options)) => serve(options, signals),
-        Ok(Invocation::Health(address, name)) => {
-            signals.unblock();
-            probe(address, &name)
-        }
-        Ok(Invocation::Print(text)) => {
-            signals.unblock();
-            match rustix::io::write(stdout(), text.as_bytes()) {
-                // Whoever closes a pipe has read enough.
-                Ok(_) | Err(Errno::PIPE) => Ok(()),
-                Err(error) => Err(cannot(&["write to stdout"], error)),
-            }
-        }
+        Ok(Invocation::Serve(options)) => serve(options),
+        Ok(Invocation::Health(address, name)) => probe(address, &name),
+        Ok(Invocation::Print(text)) => match rustix::io::write(stdout(), text.as_bytes()) {
+            // Whoever closes a pipe has read enough.
+            Ok(_) | Err(Errno::PIPE) => Ok(()),
+            Err(error) => Err(cannot(&["write to stdout"], error)),
+        },
         Err(message) => exit_with(Err(message + "; see smolrx --help"), 2),
     };
     exit_with(outcome, 1)
@@ -104,7 +96,9 @@ fn exit_with(outcome: Result<(), String>, status_if_failed: i32) -> ! {
 const TASKS_PER_TURN: usize = 200;
 
 /// Serves until the process ends. Returns only why it could not start.
-fn serve(options: Options, signals: Signals) -> Result<(), String> {
+fn serve(options: Options) -> Result<(), String> {
+    // This comes first: until signals are blocked, one that is sent to process 1 is lost.
+    let signals = Signals::block();
     // Each connection needs a descriptor. If the limit can't be raised, `accept` reports running out.
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
@@ -123,17 +117,15 @@ fn serve(options: Options, signals: Signals) -> Result<(), String> {
         server.command = Some(command.map_err(|error| cannot(&["read /proc/self/environ"], error))?);
     }
     let server: &'static Server = server;
-    for (output, stream) in [(&server.stdout, stdout()), (&server.stderr, stderr())] {
-        let task = output.connect(stream).map_err(|error| cannot(&["make a pipe for output"], error))?;
-        server.spawn(task).detach();
-    }
-    server.log(&["Serving on ", &address_text(bound)]);
+    server.stdout.start(stdout(), Some(&server.stderr));
+    server.stderr.start(stderr(), None);
     server.warn_of_starvation();
     let probes = server.answer_probes(&decimal(bound.port().into()));
     server.spawn(server.handle_signals(signal_source)).detach();
     server.spawn(server.serve_clients(listener, probes)).detach();
     server.spawn(server.deadlines.wake_the_due(RESOLUTION.min(server.options.timeout / 8))).detach();
     server.spawn(observe(server)).detach();
+    server.log(&["Serving on ", &address_text(bound)]);
     // What `executor.run` does, without its queues for work stealing (3 kB).
     smol::block_on(async {
         loop {
@@ -204,7 +196,6 @@ impl Server {
     fn finish(&self, status: i32) {
         self.lines.on_completed();
         self.stdout.close(status);
-        self.stderr.close(status);
     }
 }
 
@@ -744,8 +735,7 @@ impl Server {
     /// Prints an error message, unless stderr is stalled.
     fn print_error(&self, parts: &[&str]) {
         if self.stderr.is_ready() {
-            self.stderr.push(&["smolrx: "]);
-            self.stderr.push_line(parts);
+            self.stderr.push_line(&["smolrx: ", &parts.concat()]);
         }
     }
 
@@ -799,10 +789,6 @@ impl Signals {
         blocked.add(SIGXFSZ);
         let original_mask = blocked.thread_swap_mask(SigmaskHow::SIG_BLOCK).unwrap_or(SigSet::empty());
         Signals { handled, original_mask }
-    }
-
-    fn unblock(&self) {
-        let _ = self.handled.thread_unblock();
     }
 
     fn source(&self) -> io::Result<Async<SignalFd>> {
@@ -935,11 +921,6 @@ impl Connection<'_> {
             // A client that never stops sending must not starve the others.
             future::yield_now().await;
         }
-        if self.echo_failed {
-            // What has arrived counts, and nothing more.
-            self.is_readable = true;
-            return self.try_read().map_err(|_| Failure::Io);
-        }
         self.attempt(Self::try_read).await
     }
 
@@ -967,17 +948,18 @@ impl Connection<'_> {
     /// may cost the client the end of its echo: so only the sending side is shut down, and for a while what
     /// comes is discarded (a lingering close).
     async fn close(&mut self) {
-        let has_unread = !self.buffer.is_empty() || (self.is_readable && matches!(self.discard(), Ok(1..)));
-        self.buffer = Vec::new();
+        let has_unread = !self.buffer.is_empty() || (self.is_readable && matches!(self.try_read(), Ok(1..)));
         let leaves_at_once = if has_unread { 0 } else { LEAVES_AT_ONCE };
         if self.bytes_queued > leaves_at_once {
             let _ = net::shutdown(self.socket, Shutdown::Write);
             self.is_closing = true;
             let end = Instant::now() + GRACE;
+            self.buffer.clear();
             // The last attempt may take a grace of its own.
-            while let Ok(1..) = self.attempt(Self::discard).await
+            while let Ok(1..) = self.attempt(Self::try_read).await
                 && Instant::now() < end
             {
+                self.buffer.clear();
                 future::yield_now().await;
             }
         }
@@ -1041,8 +1023,13 @@ impl Connection<'_> {
     }
 
     fn try_read(&mut self) -> Result<usize, Errno> {
+        if !self.is_readable {
+            return Err(Errno::AGAIN);
+        }
+        self.is_readable = false;
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
-        let bytes = self.read_chunk(&mut chunk)?;
+        let (bytes, rest) = rustix::io::read(self.socket, &mut chunk)?;
+        self.is_readable = rest.is_empty();
         // It grows to powers of sixteen, so that few sizes occur and leave few holes in memory, but never
         // beyond a line and a chunk.
         let length = self.buffer.len() + bytes.len();
@@ -1055,21 +1042,6 @@ impl Connection<'_> {
 
     fn try_echo(&mut self) -> Result<usize, Errno> {
         rustix::io::write(self.socket, &self.buffer[self.echoed..self.to_echo])
-    }
-
-    /// Reads bytes that nobody needs.
-    fn discard(&mut self) -> Result<usize, Errno> {
-        Ok(self.read_chunk(&mut [MaybeUninit::uninit(); CHUNK])?.len())
-    }
-
-    fn read_chunk<'c>(&mut self, chunk: &'c mut [MaybeUninit<u8>]) -> Result<&'c [u8], Errno> {
-        if !self.is_readable {
-            return Err(Errno::AGAIN);
-        }
-        self.is_readable = false;
-        let (bytes, rest) = rustix::io::read(self.socket, chunk)?;
-        self.is_readable = rest.is_empty();
-        Ok(bytes)
     }
 }
 
@@ -1095,177 +1067,160 @@ fn first_line(bytes: &[u8], searched: usize, has_ended: bool, longest: usize) ->
 /// Whether a line begins an HTTP request: a method in capitals, a target, a version. Any page in a browser
 /// can send one to an address of its own machine.
 fn is_http_request(line: &[u8]) -> bool {
-    let line = line.trim_ascii_end();
-    let Some(head) = line.strip_suffix(b" HTTP/1.1").or_else(|| line.strip_suffix(b" HTTP/1.0")) else {
-        return false;
-    };
-    let mut words = head.split(|&byte| byte == b' ');
-    let method = words.next().unwrap_or_default();
-    let targets = words.filter(|word| !word.is_empty()).count();
-    !method.is_empty() && method.iter().all(u8::is_ascii_uppercase) && targets == 1
+    let mut words = line.trim_ascii_end().split(|&byte| byte == b' ').filter(|word| !word.is_empty());
+    let words = [words.next(), words.next(), words.next(), words.next()];
+    matches!(words, [Some(method), Some(_), Some(b"HTTP/1.1" | b"HTTP/1.0"), None]
+        if line.starts_with(method) && method.iter().all(u8::is_ascii_uppercase))
 }
 
 // ---------------------------------------------------------------- the output
 
 mod output {
-    //! The way to stdout, and to stderr. Tasks add whole lines to a text; a task writes it to a pipe, which
-    //! never blocks; and a thread of its own copies from the pipe to the stream, and blocks as it likes. Many
-    //! lines cost a few system calls, and a lone line still appears at once.
+    //! The way to stdout, and to stderr. Tasks add lines to a text; a thread of its own takes all that has
+    //! gathered and writes it, and blocks as it likes. Many lines cost a few system calls, and a lone line still
+    //! appears at once.
 
-    use std::cell::{Cell, RefCell};
-    use std::future::{Future, poll_fn};
     use std::mem;
-    use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-    use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+    use std::os::fd::BorrowedFd;
+    use std::sync::{Condvar, Mutex, MutexGuard};
     use std::thread;
+    use std::time::Duration;
 
-    use rustix::buffer::spare_capacity;
     use rustix::event::{PollFd, PollFlags, poll};
-    use rustix::io::{Errno, read, write};
-    use rustix::pipe::{PIPE_BUF, PipeFlags, pipe_with};
-    use rustix::stdio::stdout;
-    use smol::Async;
+    use rustix::io::{Errno, write};
+    use rustix::pipe::PIPE_BUF;
 
-    use super::text::{cannot, errno};
-    use super::{MOMENT, Waiters, exit, exit_with};
+    use super::text::cannot;
+    use super::{CENTURY, Waiters, exit, exit_with, poll_fn};
 
     /// From so many bytes of text on, producers wait.
     const HIGH_WATER_MARK: usize = 64 * 1024;
-    /// What a thread reads at once, in bytes.
-    const COPIED_AT_ONCE: usize = 16 * 1024;
-
-    /// Threads that have not written all yet.
-    static WRITERS: AtomicI32 = AtomicI32::new(0);
-    /// The status with which the process ends.
-    static STATUS: AtomicI32 = AtomicI32::new(0);
+    /// After a write, the thread waits until so many bytes have gathered, or for a pause: under load, waking it for
+    /// each line would cost more than the line.
+    const MANY: usize = HIGH_WATER_MARK / 2;
+    const PAUSE: Duration = Duration::from_millis(1);
+    /// How many pauses the end waits for stderr, which nobody may read.
+    const LAST_PAUSES: usize = 100;
 
     #[derive(Default)]
     pub struct Output {
-        text: RefCell<String>,
-        /// Bytes that are being written.
-        writing: Cell<usize>,
-        closing: Cell<bool>,
-        /// The task that waits for something to write.
-        writer: Waiters,
+        queue: Mutex<Queue>,
+        /// Where the thread waits.
+        changed: Condvar,
+    }
+
+    #[derive(Default)]
+    struct Queue {
+        text: String,
+        /// How many bytes of text the thread waits for, if it does.
+        awaited: Option<usize>,
+        /// The status with which the process ends once all is written.
+        status: Option<i32>,
         /// Tasks that wait for room.
         producers: Waiters,
+    }
+
+    impl Queue {
+        fn has_room(&self) -> bool {
+            self.text.len() < HIGH_WATER_MARK
+        }
+
+        /// Whether so many bytes have gathered, or no more will.
+        fn has(&self, bytes: usize) -> bool {
+            self.text.len() >= bytes || self.status.is_some()
+        }
     }
 
     impl Output {
         /// Adds a line, from its parts.
         pub fn push_line(&self, parts: &[&str]) {
-            self.push(parts);
-            self.push(&["\n"]);
-            self.writer.wake_all();
+            let mut queue = self.lock();
+            parts.iter().for_each(|part| queue.text.push_str(part));
+            queue.text.push('\n');
+            self.wake(queue);
         }
 
-        /// Adds parts of a line.
-        pub fn push(&self, parts: &[&str]) {
-            let mut text = self.text.borrow_mut();
-            parts.iter().for_each(|part| text.push_str(part));
+        /// Ends the process with a status, once all is written. The first status counts.
+        pub fn close(&self, status: i32) {
+            let mut queue = self.lock();
+            queue.status.get_or_insert(status);
+            self.wake(queue);
         }
 
         pub fn is_ready(&self) -> bool {
-            self.text.borrow().len() + self.writing.get() < HIGH_WATER_MARK
+            self.lock().has_room()
         }
 
         /// Ready when there is room for a line: back-pressure instead of memory.
         pub async fn ready(&self) {
-            self.producers.wait_until(&|| self.is_ready()).await;
+            poll_fn(|cx| {
+                let queue = self.lock();
+                queue.producers.poll_until(cx, queue.has_room())
+            })
+            .await
         }
 
-        /// Ends the process with a status, once all of each output is written.
-        pub fn close(&self, status: i32) {
-            if !self.closing.replace(true) {
-                STATUS.store(status, Relaxed);
-                self.writer.wake_all();
+        fn lock(&self) -> MutexGuard<'_, Queue> {
+            self.queue.lock().unwrap()
+        }
+
+        fn wake(&self, mut queue: MutexGuard<Queue>) {
+            if queue.awaited.is_some_and(|bytes| queue.has(bytes)) {
+                queue.awaited = None;
+                self.changed.notify_one();
             }
         }
 
-        /// Starts the thread for a stream, and returns the task that feeds it.
-        pub fn connect(
-            &'static self,
-            stream: BorrowedFd<'static>,
-        ) -> Result<impl Future<Output = ()>, Errno> {
-            let (source, sink) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-            WRITERS.fetch_add(1, Relaxed);
-            let sink = Async::new_nonblocking(sink).map_err(errno)?;
-            thread::spawn(move || copy(source, stream));
-            Ok(self.feed(sink))
+        /// Starts the thread that writes to the stream. That of stdout, which is given stderr's output, ends the
+        /// process.
+        pub fn start(&'static self, stream: BorrowedFd<'static>, errors: Option<&'static Output>) {
+            thread::spawn(move || self.write_to(stream, errors));
+            if errors.is_some() {
+                thread::spawn(move || {
+                    // Its reader is gone (a pipe's, or a terminal): the end, as by SIGPIPE.
+                    while poll(&mut [PollFd::new(&stream, PollFlags::empty())], None).is_err() {}
+                    exit(128 + 13)
+                });
+            }
         }
 
-        /// Writes what is added, until the output is closed.
-        async fn feed(&self, sink: Async<OwnedFd>) {
+        fn write_to(&self, stream: BorrowedFd, errors: Option<&Output>) {
             let mut text = String::new();
             loop {
-                self.writer.wait_until(&|| self.closing.get() || !self.text.borrow().is_empty()).await;
+                self.wait_for(1, CENTURY);
                 text = self.take(text);
                 if text.is_empty() {
-                    return;
+                    let are_written = || errors.is_none_or(|errors| errors.lock().awaited == Some(1));
+                    (0..LAST_PAUSES).take_while(|_| !are_written()).for_each(|_| thread::sleep(PAUSE));
+                    exit(self.lock().status.unwrap_or(0))
                 }
-                let mut rest = text.as_bytes();
-                while !rest.is_empty() {
-                    match write(&sink, rest) {
-                        Ok(count) => rest = &rest[count..],
-                        Err(_) => _ = poll_fn(|cx| sink.poll_writable(cx)).await,
-                    }
+                match (write_all(stream, text.as_bytes()), errors) {
+                    (Err(Errno::PIPE), Some(_)) => exit(128 + 13),
+                    (Err(error), Some(_)) => exit_with(Err(cannot(&["write to stdout"], error)), 1),
+                    _ => {}
                 }
                 // Its memory is for the next turn, unless this text was unusually long.
                 text.clear();
                 text.shrink_to(2 * HIGH_WATER_MARK);
-                self.written();
+                self.wait_for(MANY, PAUSE);
             }
+        }
+
+        /// Waits until so many bytes have gathered, but no longer than a limit, nor if the output is closed.
+        fn wait_for(&self, bytes: usize, limit: Duration) {
+            let waits = |queue: &mut Queue| {
+                queue.awaited = (!queue.has(bytes)).then_some(bytes);
+                queue.awaited.is_some()
+            };
+            let _ = self.changed.wait_timeout_while(self.lock(), limit, waits);
         }
 
         /// Takes what was added, and leaves an empty string in its place.
         pub fn take(&self, empty: String) -> String {
-            let text = mem::replace(&mut *self.text.borrow_mut(), empty);
-            self.writing.set(text.len());
-            text
+            let mut queue = self.lock();
+            queue.producers.wake_all();
+            mem::replace(&mut queue.text, empty)
         }
-
-        /// What was taken is written.
-        pub fn written(&self) {
-            self.writing.set(0);
-            self.producers.wake_all();
-        }
-    }
-
-    /// Copies from a pipe to a stream, in whole lines, until the pipe's other end is closed.
-    fn copy(source: OwnedFd, stream: BorrowedFd) {
-        let is_stdout = stream.as_raw_fd() == stdout().as_raw_fd();
-        let mut text = Vec::with_capacity(COPIED_AT_ONCE);
-        loop {
-            let output = PollFd::new(&stream, PollFlags::empty());
-            let mut fds = [PollFd::new(&source, PollFlags::IN), output];
-            let _ = poll(if is_stdout { &mut fds } else { &mut fds[..1] }, None);
-            // Its reader is gone (a pipe's, or a terminal): the end, as by SIGPIPE.
-            if !fds[1].revents().is_empty() {
-                exit(128 + 13)
-            }
-            match read(&source, spare_capacity(&mut text)) {
-                Ok(0) => break,
-                Ok(_) => {}
-                Err(_) => continue,
-            }
-            let end = match text.iter().rposition(|&byte| byte == b'\n') {
-                Some(index) => index + 1,
-                None if text.len() == text.capacity() => text.len(),
-                None => continue,
-            };
-            match write_all(stream, &text[..end]) {
-                Err(Errno::PIPE) if is_stdout => exit(128 + 13),
-                Err(error) if is_stdout => exit_with(Err(cannot(&["write to stdout"], error)), 1),
-                _ => _ = text.drain(..end),
-            }
-        }
-        // The last thread ends the process; but stdout's waits for the other only a moment.
-        let mut is_last = WRITERS.fetch_sub(1, Relaxed) == 1;
-        while !is_last {
-            let _ = poll(&mut [], is_stdout.then_some(&MOMENT));
-            is_last = is_stdout;
-        }
-        exit(STATUS.load(Relaxed))
     }
 
     fn write_all(stream: BorrowedFd, mut text: &[u8]) -> Result<(), Errno> {

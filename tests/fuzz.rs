@@ -231,9 +231,7 @@ async fn talk(server: &'static Server, input: &Input) -> Outcome {
         // Lets the server do what it can, takes what it gives, and says whether it did anything.
         let steps = (0..1000).take_while(|_| server.executor.try_tick()).count();
         outcome.stdout += &server.stdout.take(String::new());
-        server.stdout.written();
         outcome.stderr += &server.stderr.take(String::new());
-        server.stderr.written();
         if let Some(Some(line)) = future::poll_once(pin!(server.lines.observe()).next()).await {
             outcome.latest = Some(line);
         }
