@@ -1077,8 +1077,8 @@ fn is_http_request(line: &[u8]) -> bool {
 
 mod output {
     //! The way to stdout, and to stderr. Tasks add lines to a text; a thread of its own takes all that has
-    //! gathered and writes it, and blocks as it likes. Many lines cost a few system calls, and a lone line still
-    //! appears at once.
+    //! gathered and writes it, and blocks as it likes. Many lines cost a few system calls, and a lone line
+    //! still appears at once.
 
     use std::mem;
     use std::os::fd::BorrowedFd;
@@ -1095,8 +1095,8 @@ mod output {
 
     /// From so many bytes of text on, producers wait.
     const HIGH_WATER_MARK: usize = 64 * 1024;
-    /// After a write, the thread waits until so many bytes have gathered, or for a pause: under load, waking it for
-    /// each line would cost more than the line.
+    /// After a write, the thread waits until so many bytes have gathered, or for a pause: under load, waking it
+    /// for each line would cost more than the line.
     const MANY: usize = HIGH_WATER_MARK / 2;
     const PAUSE: Duration = Duration::from_millis(1);
     /// How many pauses the end waits for stderr, which nobody may read.
@@ -1171,8 +1171,8 @@ mod output {
             }
         }
 
-        /// Starts the thread that writes to the stream. That of stdout, which is given stderr's output, ends the
-        /// process.
+        /// Starts the thread that writes to the stream. That of stdout, which is given stderr's output, ends
+        /// the process.
         pub fn start(&'static self, stream: BorrowedFd<'static>, errors: Option<&'static Output>) {
             thread::spawn(move || self.write_to(stream, errors));
             if errors.is_some() {
