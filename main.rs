@@ -98,7 +98,7 @@ const TASKS_PER_TURN: usize = 200;
 /// Serves until the process ends. Returns only why it could not start.
 fn serve(options: Options) -> Result<(), String> {
     // This comes first: until signals are blocked, one that is sent to process 1 is lost.
-    let signals = Signals::block();
+    let (handled, original_mask) = block_signals();
     // Each connection needs a descriptor. If the limit can't be raised, `accept` reports running out.
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
@@ -106,14 +106,14 @@ fn serve(options: Options) -> Result<(), String> {
     let listener =
         listen(requested).map_err(|error| cannot(&["listen on ", &address_text(requested)], error))?;
     let bound = net::getsockname(&listener).ok().and_then(|bound| bound.try_into().ok()).unwrap_or(requested);
-    let signal_source = signals.source().map_err(|error| cannot(&["wait for signals"], errno(error)))?;
+    let signals = signal_source(&handled).map_err(|error| cannot(&["wait for signals"], errno(error)))?;
 
     // Tasks borrow the server for as long as the process lives.
     let mut server = Box::new(Server::new(options));
     let args = strings(std::mem::take(&mut server.options.command));
     let server = Box::leak(server);
     if !args.is_empty() {
-        let command = Command::new(args, signals.original_mask, limit);
+        let command = Command::new(args, original_mask, limit);
         server.command = Some(command.map_err(|error| cannot(&["read /proc/self/environ"], error))?);
     }
     let server: &'static Server = server;
@@ -121,7 +121,7 @@ fn serve(options: Options) -> Result<(), String> {
     server.stderr.start(stderr(), None);
     server.warn_of_starvation();
     let probes = server.answer_probes(&decimal(bound.port().into()));
-    server.spawn(server.handle_signals(signal_source)).detach();
+    server.spawn(server.handle_signals(signals)).detach();
     server.spawn(server.serve_clients(listener, probes)).detach();
     server.spawn(server.deadlines.wake_the_due(RESOLUTION.min(server.options.timeout / 8))).detach();
     server.spawn(observe(server)).detach();
@@ -767,34 +767,25 @@ fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
     Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
 
-/// The signals that the server handles, blocked: they are read from a descriptor.
-struct Signals {
-    handled: SigSet,
-    /// What was blocked before.
-    original_mask: SigSet,
+/// Blocks the signals that the server handles, which it reads from a descriptor. Returns these, and what was
+/// blocked before. To be called before the first thread is started: threads inherit what is blocked.
+fn block_signals() -> (SigSet, SigSet) {
+    let mut handled = SigSet::from_iter([SIGINT, SIGTERM, SIGCHLD]);
+    // A terminal that closes ends its processes by SIGHUP, but not process 1 of a container.
+    if getpid().is_init() {
+        handled.add(SIGHUP);
+    }
+    // With these two blocked, a failed `write` returns EPIPE or EFBIG instead of ending the process.
+    let mut blocked = handled;
+    blocked.add(SIGPIPE);
+    blocked.add(SIGXFSZ);
+    // It can't fail.
+    (handled, blocked.thread_swap_mask(SigmaskHow::SIG_BLOCK).unwrap_or(SigSet::empty()))
 }
 
-impl Signals {
-    /// To be called before the first thread is started: threads inherit what is blocked. (Blocking can't
-    /// fail.)
-    fn block() -> Signals {
-        let mut handled = SigSet::from_iter([SIGINT, SIGTERM, SIGCHLD]);
-        // A terminal that closes ends its processes by SIGHUP, but not process 1 of a container.
-        if getpid().is_init() {
-            handled.add(SIGHUP);
-        }
-        // With these two blocked, a failed `write` returns EPIPE or EFBIG instead of ending the process.
-        let mut blocked = handled;
-        blocked.add(SIGPIPE);
-        blocked.add(SIGXFSZ);
-        let original_mask = blocked.thread_swap_mask(SigmaskHow::SIG_BLOCK).unwrap_or(SigSet::empty());
-        Signals { handled, original_mask }
-    }
-
-    fn source(&self) -> io::Result<Async<SignalFd>> {
-        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        Async::new_nonblocking(SignalFd::with_flags(&self.handled, flags)?)
-    }
+fn signal_source(handled: &SigSet) -> io::Result<Async<SignalFd>> {
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    Async::new_nonblocking(SignalFd::with_flags(handled, flags)?)
 }
 
 // ---------------------------------------------------------------- a connection
@@ -1095,8 +1086,8 @@ mod output {
 
     /// From so many bytes of text on, producers wait.
     const HIGH_WATER_MARK: usize = 64 * 1024;
-    /// After a write, the thread waits until so many bytes have gathered, or for a pause: under load, waking it
-    /// for each line would cost more than the line.
+    /// After a write, the thread waits until so many bytes have gathered, or for a pause: under load, waking
+    /// it for each line would cost more than the line.
     const MANY: usize = HIGH_WATER_MARK / 2;
     const PAUSE: Duration = Duration::from_millis(1);
     /// How many pauses the end waits for stderr, which nobody may read.
@@ -1312,7 +1303,7 @@ pub mod text {
     /// An address with its port. A mapped IPv4 address is shown as IPv4; in IPv6 the first of the longest
     /// runs of two or more zero groups becomes `::` (RFC 5952). std's formatting also pads: 2 kB.
     pub fn address_text(address: SocketAddr) -> String {
-        let mut text = String::new();
+        let mut text = String::with_capacity(24); // most of them fit
         match address.ip().to_canonical() {
             IpAddr::V4(ip) => push_joined(&mut text, &ip.octets().map(u16::from), 10, '.'),
             IpAddr::V6(ip) => {
@@ -1707,14 +1698,12 @@ impl Server {
     /// Starts to answer those who ask for its health. Whoever can't ask in this way asks by TCP.
     fn answer_probes(&'static self, port: &str) -> [Option<Task<()>>; 2] {
         ["", port].map(|name| {
-            match health_socket(name) {
-                Ok(socket) => return Some(self.spawn(self.answer(socket))),
-                Err(error @ Errno::ADDRINUSE) if name == port => {
+            let socket = health_socket(name).inspect_err(|&error| {
+                if error == Errno::ADDRINUSE && name == port {
                     self.print_error(&[&cannot(&["answer --health for port ", port], error)]);
                 }
-                Err(_) => {}
-            }
-            None
+            });
+            Some(self.spawn(self.answer(socket.ok()?)))
         })
     }
 
