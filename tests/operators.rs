@@ -1,5 +1,5 @@
-//! The operators in virtual time, where no test sleeps: marble diagrams, those of `debounce` after RxPY's own tables
-//! (`tests/test_observable/test_debounce.py`), then any input against plain models.
+//! The operators in virtual time, where no test sleeps: marble diagrams, those of `debounce` after RxPY's own
+//! tables (`tests/test_observable/test_debounce.py`), then any input against plain models.
 
 #[allow(dead_code)]
 #[path = "../main.rs"]
@@ -91,8 +91,8 @@ impl VirtualTime {
         steps.map_while(|step| step)
     }
 
-    /// Observes a stream. It is polled only when it was woken, so a lost wake-up is a lost item here as it would
-    /// be in the program.
+    /// Observes a stream. It is polled only when it was woken, so a lost wake-up is a lost item here as it
+    /// would be in the program.
     fn observe<S: Stream>(&self, stream: S) -> Marbles<S::Item> {
         let mut stream = pin!(stream);
         let woken = Arc::new(Flag(AtomicBool::new(true)));
@@ -147,8 +147,8 @@ impl Wake for Flag {
 
 // ---------------------------------------------------------------- marble diagrams
 
-/// Marbles as RxJS draws them, a column a millisecond: `-` is nothing, `|` the end, and what is in parentheses
-/// comes at the instant of the first one.
+/// Marbles as RxJS draws them, a column a millisecond: `-` is nothing, `|` the end, and what is in
+/// parentheses comes at the instant of the first one.
 fn drawn(diagram: &str) -> Marbles<char> {
     let (mut items, mut end, mut group) = (Vec::new(), None, None);
     for (column, marble) in (0..).zip(diagram.chars()) {
@@ -219,7 +219,8 @@ fn runs<T>(
 
 // ---------------------------------------------------------------- debounce
 
-/// `debounce` does what RxPY's `test_debounce` asks of it; at a tie the source goes first, as with RxPY's schedulers.
+/// `debounce` does what RxPY's `test_debounce` asks of it; at a tie the source goes first, as with RxPY's
+/// schedulers.
 #[test]
 fn debounce_does_what_rxpy_tests() {
     check(
@@ -237,8 +238,8 @@ fn debounce_does_what_rxpy_tests() {
     );
 }
 
-/// A process that was stopped finds its timer and new items at once: the item whose silence is over comes first
-/// and is not hidden by the new one.
+/// A process that was stopped finds its timer and new items at once: the item whose silence is over comes
+/// first and is not hidden by the new one.
 #[test]
 fn debounce_does_not_hide_an_item_behind_a_late_one() {
     let time = VirtualTime::new();
@@ -254,8 +255,8 @@ fn debounce_does_not_hide_an_item_behind_a_late_one() {
     assert_eq!(next(), Poll::Ready(Some(2)));
 }
 
-/// With a longest wait, a burst that never pauses gives out its latest item at least so often; what comes next
-/// begins a burst of its own.
+/// With a longest wait, a burst that never pauses gives out its latest item at least so often; what comes
+/// next begins a burst of its own.
 #[test]
 fn debounce_gives_out_the_latest_item_after_the_longest_wait() {
     check(
@@ -359,7 +360,8 @@ fn timer_ticks_after_the_delay_and_then_each_period() {
     }
 }
 
-/// RxPY's rule for a timer that is late: the count goes on one by one; once a tick is missed, the period starts anew.
+/// RxPY's rule for a timer that is late: the count goes on one by one; once a tick is missed, the period
+/// starts anew.
 #[test]
 fn timer_does_not_make_up_for_missed_ticks() {
     let time = VirtualTime::new();
@@ -434,8 +436,8 @@ fn joined(earlier: Vec<Time>, later: Vec<Time>) -> Vec<Time> {
 }
 
 proptest! {
-    /// The model of `debounce`, millisecond by millisecond: a burst goes out when the window has passed since its
-    /// last item or the longest wait since its first, and at the end; it is all its items, and no others.
+    /// The model of `debounce`, millisecond by millisecond: a burst goes out when the window has passed since
+    /// its last item or the longest wait since its first, and at the end; it is all its items, and no others.
     #[test]
     fn debounce_equals_its_model(
         source in any_marbles(), window in 1..60u32, longest in prop::option::of(1..120u32)
@@ -459,8 +461,8 @@ proptest! {
         prop_assert_eq!(time.observe(bursts), (expected, *end));
     }
 
-    /// The model of `then_latest`, millisecond by millisecond: first what comes joins what is pending, then a run
-    /// ends, then the next one begins, and the end is where nothing is left.
+    /// The model of `then_latest`, millisecond by millisecond: first what comes joins what is pending, then a
+    /// run ends, then the next one begins, and the end is where nothing is left.
     #[test]
     fn then_latest_equals_its_model(source in any_marbles(), longest in 0..80u64) {
         // Runs that are shorter and longer than the gaps.
