@@ -21,7 +21,7 @@ fn every_lone_poke_is_observed() {
     thread::scope(|scope| {
         for number in 0..SERVERS {
             scope.spawn(move || {
-                let server = Server::start(&["--interval", "600"]);
+                let mut server = Server::start(&["--interval", "600"]);
                 server.stdout.wait_for("Observing 0");
                 let start = Instant::now();
                 for poke in 0..POKES {
@@ -31,6 +31,9 @@ fn every_lone_poke_is_observed() {
                     server.echo(format!("poke {poke}\n"));
                     server.stdout.wait_for(&format!("Observing poke {poke}"));
                 }
+                let exit = server.stop();
+                let pokes = observed(&exit.stdout).into_iter().filter(|event| event.starts_with("poke "));
+                assert_eq!(pokes.count(), POKES as usize, "server {number}: {:?}", exit.stdout);
             });
         }
     });
@@ -65,8 +68,8 @@ fn burst_of_ticks_is_its_last_unless_a_line_is_in_it() {
     }
 }
 
-/// With `--max-wait` a line among ticks that never pause is observed in time, and the next burst has none of
-/// it.
+/// With `--max-wait` a line among ticks that never pause is observed in time, and the next burst is ticks
+/// alone.
 #[test]
 fn longest_wait_emits_the_line_among_ticks() {
     let server = Server::start(&["--interval", "50", "--debounce", "100000", "--max-wait", "1000"]);
@@ -182,7 +185,7 @@ fn kinds() -> [Vec<&'static str>; 3] {
 fn http_request_is_no_event() {
     let lines = "GET / HTTP/1.1|GET / HTTP/1.0|HEAD / HTTP/1.1|OPTIONS * HTTP/1.1|CONNECT example.com:443 HTTP/1.1|\
         PROPFIND /x HTTP/1.1|X /%20?a=b#c HTTP/1.1|GET http://localhost:8888/ HTTP/1.1";
-    // What follows, and where the first of them is cut.
+    // What follows, and where the line is cut.
     let requests = [
         ("", 0),
         ("", 2),
@@ -195,11 +198,10 @@ fn http_request_is_no_event() {
         let mut server = Server::start(&options);
         let before = server.descriptors();
         let mut messages = vec![];
-        for (number, line) in lines.split('|').enumerate() {
-            for ((rest, cut), finishes) in requests.iter().flat_map(|&of| [(of, of.0.is_empty()), (of, true)])
-            {
+        for (line, (rest, cut)) in lines.split('|').flat_map(|line| requests.map(|request| (line, request))) {
+            for finishes in [rest.is_empty(), true] {
                 let mut client = server.connect();
-                let (start, end) = line.split_at(if number == 0 { cut } else { 0 });
+                let (start, end) = line.split_at(cut);
                 if !start.is_empty() {
                     client.send(start);
                     client.is_taken();
@@ -280,19 +282,15 @@ fn curl_says_something() {
         let mut server = Server::start(&options);
         let address = server.loopback();
         for request in requests {
-            for (fails, code) in [("", 0), ("--fail-with-body", 22)] {
+            for (fails, status) in [("", 0), ("--fail-with-body", 22)] {
                 let request = format!("{request} {fails} -w '%{{http_code}}'");
-                let answer = curl("head -c 2100000 /dev/zero", &request, format!("http://{address}/"));
-                assert_eq!(answer.0, Some(code), "{request}: {}", answer.1);
-                assert!(
-                    answer.1.starts_with("send a line, for example by nc\n400"),
-                    "{request}: {}",
-                    answer.1
-                );
+                let (code, said) = curl("head -c 2100000 /dev/zero", &request, format!("http://{address}/"));
+                assert_eq!(code, Some(status), "{request}: {said}");
+                assert!(said.starts_with("send a line, for example by nc\n400"), "{request}: {said}");
             }
         }
-        let poke = curl("echo foo", "--max-time 2", format!("telnet://{address}"));
-        assert!(poke.1.starts_with("foo\n"), "{poke:?}");
+        let (_, said) = curl("echo foo", "--max-time 2", format!("telnet://{address}"));
+        assert!(said.starts_with("foo\n"), "{said}");
         let exit = server.stop();
         assert_eq!(exit.stderr.len(), 2 * requests.len(), "{exit:?}");
         assert_eq!(observed(&exit.stdout), ["foo"], "{options:?}");
