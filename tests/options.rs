@@ -102,35 +102,31 @@ fn help_and_version_win_over_what_follows() {
 /// Values are taken as `--name VALUE` and as `--name=VALUE`, and the last one of an option counts.
 #[test]
 fn last_value_counts_in_either_form() {
-    let values = "--tcp-port=0 --bind=127.0.0.1 --interval=10 --debounce=1 --max-wait=5 --max-conns=1 --max-line=9 \
-        --timeout=99";
-    let others = "--keep-open --keep-open --tcp-port=1 --bind=127.0.0.2 --interval=99999 --debounce=9999 \
-        --max-wait=9999 --max-conns=9 --max-line=99 --timeout=9999";
+    let others = "--keep-open --keep-open --tcp-port=1 --bind=127.0.0.2 --interval=99999 --debounce=99999 \
+        --max-wait=99999 --max-conns=9 --max-line=99 --timeout=99999";
     let apart = |options: &str| options.replace('=', " ");
-    for options in [
-        values.into(),
-        apart(values),
-        format!("{others} {}", apart(values)),
-        format!("{} {values}", apart(others)),
-    ] {
-        let mut server = Server::start(&options.split(' ').collect::<Vec<_>>());
-        assert_eq!(server.address.ip().to_string(), "127.0.0.1");
-        assert_ne!(server.address.port(), 1);
-        server.stdout.wait_for("Observing 3");
-        server.echo("12345678\n");
-        let (mut silent, mut over) = (server.connect(), server.connect());
-        over.send("123456789\n");
-        over.until_closed();
-        assert!(
-            !silent.hears_nothing_for(ms(1)),
-            "{options}: the other is served once the timeout closes this"
-        );
-        assert_eq!(silent.until_closed(), b"");
-        let message = format!(
-            "smolrx: line from 127.0.0.1:{} is longer than 9 bytes; --max-line allows more",
-            over.port()
-        );
-        assert_eq!(server.stop().stderr, [message], "{options}");
+    // Each of them lets events out.
+    for waits in ["--debounce=1", "--debounce=99999 --max-wait=1"] {
+        let values = "--tcp-port=0 --bind=127.0.0.1 --interval=10 --max-conns=1 --max-line=9 --timeout=99 ";
+        let values = String::from(values) + waits;
+        let [together, apart_first] =
+            [format!("{others} {}", apart(&values)), format!("{} {values}", apart(others))];
+        for options in [apart(&values), values, together, apart_first] {
+            let mut server = Server::start(&options.split(' ').collect::<Vec<_>>());
+            assert_eq!(server.address.ip().to_string(), "127.0.0.1");
+            assert_ne!(server.address.port(), 1);
+            server.stdout.wait_for("Observing 3");
+            server.echo("12345678\n");
+            let (mut silent, mut over) = (server.connect(), server.connect());
+            over.send("123456789\n");
+            over.until_closed();
+            // Its turn came when the timeout had closed the other one.
+            assert!(!silent.hears_nothing_for(ms(1)), "{options}");
+            assert_eq!(silent.until_closed(), b"");
+            let from = format!("smolrx: line from 127.0.0.1:{}", over.port());
+            let message = format!("{from} is longer than 9 bytes; --max-line allows more");
+            assert_eq!(server.stop().stderr, [message], "{options}");
+        }
     }
 }
 
