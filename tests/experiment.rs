@@ -15,12 +15,17 @@ fn serves_where_it_says() {
     server.echo("foo\n");
 }
 
-/// What comes back is what was sent, blanks, accents and line ending included.
+/// A line comes back as it was sent, accents and line ending included, and is shown and observed without the
+/// blanks at its ends; a connection leaves three lines, in this order.
 #[test]
-fn echoes_byte_for_byte() {
-    let server = Server::start(&CALM);
-    for line in ["foo\n", "  foo bar \t \n", "naïve ✓ 🦀\n", "foo\r\n"] {
-        server.echo(line);
+fn line_comes_back_as_sent_and_is_shown_stripped() {
+    for (line, shown) in
+        [("foo\n", "foo"), ("foo\r\n", "foo"), ("  foo bar \t \n", "foo bar"), ("naïve ✓ 🦀\n", "naïve ✓ 🦀")]
+    {
+        let mut server = Server::start(&CALM);
+        let [received, sent, close] = conversation(shown, server.echo(line));
+        server.stdout.wait_for(CLOSE);
+        assert_eq!(server.stop().stdout[1..], [received, sent, close, format!("Observing {shown}")]);
     }
 }
 
@@ -41,25 +46,6 @@ fn last_line_without_newline_counts() {
     let exit = server.stop();
     assert_eq!(exit.stdout[1..4], conversation("foo", port));
     assert_eq!(observed(&exit.stdout), ["foo"]);
-}
-
-/// A connection leaves three lines, in this order.
-#[test]
-fn prints_three_lines_for_a_connection() {
-    let server = Server::start(&CALM);
-    let port = server.echo("foo\n");
-    server.stdout.wait_for(CLOSE);
-    assert_eq!(server.stdout.lines()[1..], conversation("foo", port));
-}
-
-/// A line is shown without the blanks at its ends, in all three places.
-#[test]
-fn shows_a_line_stripped() {
-    let mut server = Server::start(&CALM);
-    let port = server.echo("  foo bar \t\r\n");
-    let exit = server.stop();
-    assert_eq!(exit.stdout[1..4], conversation("foo bar", port));
-    assert_eq!(observed(&exit.stdout), ["foo bar"]);
 }
 
 /// A received line is observed, stripped, when nothing else has come for a tenth of the interval.

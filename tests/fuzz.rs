@@ -5,11 +5,11 @@
 //! SMOLRX_FUZZ=60 cargo test --test fuzz    # a minute
 //! ```
 //!
-//! What comes of an input must be what a plain model says. The server's own code runs here, in one thread, on one
-//! end of a socket pair; the test is the client at the other end, the observer and the terminal, and sends a chunk
-//! once the server has done all it can with the one before. The real binary gets such inputs over TCP, with pauses.
-//! Proptest makes the inputs; what fails is shrunk, and kept in `tests/fuzz.regressions` to be tried first from
-//! then on.
+//! What comes of an input must be what a plain model says. The server's own code runs here, in one thread, on
+//! one end of a socket pair; the test is the client at the other end, the observer and the terminal, and
+//! sends a chunk once the server has done all it can with the one before. The real binary gets such inputs
+//! over TCP, with pauses. Proptest makes the inputs; what fails is shrunk, and kept in
+//! `tests/fuzz.regressions` to be tried first from then on.
 
 mod common;
 #[allow(dead_code)]
@@ -113,17 +113,13 @@ impl Input {
 impl fmt::Debug for Input {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         write!(f, "{}", self.options())?;
-        for chunk in &self.chunks {
-            write!(f, " \"")?;
-            for run in chunk.chunk_by(|a, b| a == b) {
-                match run.len() {
-                    count @ ..5 => write!(f, "{}", run[..count].escape_ascii())?,
-                    count => write!(f, "{}{{{count}}}", run[..1].escape_ascii())?,
-                }
-            }
-            write!(f, "\"")?;
-        }
-        Ok(())
+        self.chunks.iter().try_for_each(|chunk| {
+            let runs = chunk.chunk_by(|a, b| a == b).map(|run| match run.len() {
+                ..5 => run.escape_ascii().to_string(),
+                count => format!("{}{{{count}}}", run[..1].escape_ascii()),
+            });
+            write!(f, " \"{}\"", runs.collect::<String>())
+        })
     }
 }
 
@@ -190,27 +186,7 @@ fn expected(input: &Input, peer: SocketAddr) -> Outcome {
 
 // ---------------------------------------------------------------- the server
 
-/// Servers in this process, by their options.
-#[derive(Default)]
-struct Bench(HashMap<String, &'static Server>);
-
-impl Bench {
-    fn check(&mut self, input: &Input) -> Result<(), TestCaseError> {
-        let options = input.options();
-        // One that has panicked is not used again.
-        let server = self.0.remove(&options).unwrap_or_else(|| start(&options));
-        let mut outcome = smol::block_on(talk(server, input));
-        self.0.insert(options, server);
-        let expected = expected(input, peer(1));
-        if expected.echo.is_empty() {
-            // Nothing was answered: who is refused may be cut off.
-            outcome.failure = None;
-        }
-        prop_assert_eq!(outcome, expected);
-        Ok(())
-    }
-}
-
+/// A server in this process.
 fn start(options: &str) -> &'static Server {
     match Invocation::parse(options.split(' ').map(Into::into)) {
         Ok(Invocation::Serve(options)) => Box::leak(Box::new(Server::new(options))),
@@ -268,20 +244,32 @@ async fn talk(server: &'static Server, input: &Input) -> Outcome {
 
 // ---------------------------------------------------------------- the tests
 
-/// What a client gets, what is printed and what is observed is what a plain model says, whatever the bytes are.
+/// What a client gets, what is printed and what is observed is what a plain model says, whatever the bytes
+/// are.
 #[test]
 fn bytes_become_text_as_the_model_says() {
-    let bench = RefCell::new(Bench::default());
+    let servers = RefCell::new(HashMap::new());
+    let check = |input: &Input| {
+        let options = input.options();
+        // One that has panicked is not used again.
+        let server = servers.borrow_mut().remove(&options).unwrap_or_else(|| start(&options));
+        let mut outcome = smol::block_on(talk(server, input));
+        servers.borrow_mut().insert(options, server);
+        let expected = expected(input, peer(1));
+        if expected.echo.is_empty() {
+            // Nothing was answered: who is refused may be cut off.
+            outcome.failure = None;
+        }
+        prop_assert_eq!(outcome, expected);
+        Ok(())
+    };
     for &(keep_open, max_line, chunks) in CASES {
-        let chunks = chunks.iter().map(|chunk| chunk.to_vec()).collect();
-        let input = Input { keep_open, max_line, chunks };
-        bench.borrow_mut().check(&input).unwrap_or_else(|failure| panic!("{input:?}: {failure}"));
+        let input =
+            Input { keep_open, max_line, chunks: chunks.iter().map(|chunk| chunk.to_vec()).collect() };
+        check(&input).unwrap_or_else(|failure| panic!("{input:?}: {failure}"));
     }
-
     let max_line = prop_oneof![30 => lengths(), 1 => Just(65_536)]; // the longest takes long
-    fuzz(setting("SMOLRX_FUZZ", 2), 500, inputs(any::<bool>(), max_line), |input| {
-        bench.borrow_mut().check(&input)
-    });
+    fuzz(setting("SMOLRX_FUZZ", 2), 500, inputs(any::<bool>(), max_line), |input| check(&input));
 }
 
 /// The real binary does what the model says over TCP as well, whatever the pauses between the chunks are.
@@ -314,13 +302,11 @@ fn bytes_over_tcp_become_text_as_the_model_says() {
             } else {
                 prop_assert_eq!(echo, expected.echo);
             }
-            for ((output, before), text) in outputs.iter().zip(before).zip([expected.stdout, expected.stderr])
-            {
-                let expected: Vec<&str> = text.lines().collect();
-                let are_there = |lines: &[String]| {
+            for (i, text) in [expected.stdout, expected.stderr].iter().enumerate() {
+                let (before, expected) = (before[i], text.lines().collect::<Vec<_>>());
+                let lines = outputs[i].wait_until("as many lines as expected", |lines| {
                     (lines.len() >= before + expected.len()).then(|| lines[before..].to_vec())
-                };
-                let lines = output.wait_until("as many lines as expected", are_there);
+                });
                 prop_assert!(!lines.iter().any(|line| line.contains(is_hostile)));
                 prop_assert_eq!(lines, expected);
             }
@@ -336,6 +322,7 @@ const CASES: &[(bool, usize, &[&[u8]])] = &[
     (false, 2048, &[]),
     (true, 2048, &[]),
     (false, 2048, &[b"one\nGET / HTTP/1.1\r\n\r\n"]),
+    (true, 2048, &[b"one\ntwo\n", b"POST / HTTP/1.1\r\n\r\nthree\n"]),
     (false, 2048, &[b"foo\n", b"bar\n", b"baz"]),
     (false, 2048, &[b"foo\nx", &[b'x'; 5000]]),
     (false, 12, &[&[b'x'; 13], b"foo\n"]),
