@@ -149,34 +149,31 @@ fn event_is_in_the_environment() {
     assert_eq!(server.stderr.lines(), [""; 0]);
 }
 
-/// A script prints the same in a run as in the server's place, after the same `setup`, with many clients or
+/// A script prints the same in a run as in the server's place, after the same `setup`, beside many clients or
 /// none.
 #[track_caller]
 fn is_given_the_same(setup: &str, script: &str, arguments: &[&[u8]]) {
     raise_descriptor_limit();
-    let with_script = |mut command: Command| {
-        command.args(["-c", script, "sh"]).args(arguments.iter().copied().map(OsStr::from_bytes));
-        command
-    };
+    let script = ["sh", "-c", script, "sh"];
+    let arguments = arguments.iter().copied().map(OsStr::from_bytes);
     let mut in_its_place = Command::new("sh");
-    in_its_place.args(["-c", &format!("{setup}; exec \"$0\" \"$@\""), "sh"]).env("SMOLRX_EVENT", "poke");
-    let before = with_script(in_its_place).output().unwrap().stdout;
-    let before: Vec<_> = str::from_utf8(&before).unwrap().lines().collect();
-    let options = [&POKED[..], &["-q", "--keep-open", "--", "sh"]].concat();
-    let mut command = with_script(program_after(setup, &options));
-    command.env("SMOLRX_EVENT", "an older one");
+    in_its_place.args(["-c", &format!("{setup}; exec \"$0\" \"$@\"")]).args(script).args(arguments.clone());
+    let printed = in_its_place.env("SMOLRX_EVENT", "poke").output().unwrap().stdout;
+    let printed: Vec<_> = str::from_utf8(&printed).unwrap().lines().collect();
+    let mut command = program_after(setup, &[&POKED[..], &["-q", "--"], &script].concat());
+    command.args(arguments).env("SMOLRX_EVENT", "an older one");
     let mut server = start(command);
     server.echo("poke\n");
-    server.stdout.wait_for_count(before.len());
+    server.stdout.wait_for_count(printed.len());
     let mut clients: Vec<Client> = (0..100).map(|_| server.connect()).collect();
     clients.iter_mut().for_each(|client| client.send("half"));
     clients.iter().for_each(Client::is_taken);
     server.echo("poke\n");
-    server.stdout.wait_for_count(2 * before.len());
+    server.stdout.wait_for_count(2 * printed.len());
     let (soft, hard) = server.descriptor_limits();
     assert_eq!(soft, hard, "the server's own limits of descriptors, after runs");
     clients.into_iter().for_each(Client::reset);
-    assert_eq!(server.stop().stdout, before.repeat(2));
+    assert_eq!(server.stop().stdout, printed.repeat(2));
 }
 
 /// The command has the server's environment to the byte, but for one `SMOLRX_EVENT`, which is the event's.
@@ -198,8 +195,7 @@ fn empty_environment() {
     assert_eq!((exit.stdout, exit.stderr), (vec!["SMOLRX_EVENT=poke".into()], vec![]));
 }
 
-/// All arguments behind the command reach it exactly, be they no UTF-8, empty, or like options of the
-/// server's.
+/// All arguments of the command reach it exactly, be they no UTF-8, empty, or like options of the server.
 #[test]
 fn arguments_are_the_commands() {
     let arguments =
@@ -235,9 +231,8 @@ fn signals_are_as_before() {
     }
 }
 
-/// The command has the server's folder, mask for new files, session and process group, and the limits of
-/// descriptors of before the server raised its own, though the server has more in use than the old soft limit
-/// allows.
+/// The command has the server's folder, mask for new files, session, process group, and first limits of
+/// descriptors, though the server has raised its own and has more in use than the old soft limit allows.
 #[test]
 fn folder_group_and_descriptor_limits_are_as_before() {
     let setup = "cd /usr; umask 027; ulimit -Sn 64; ulimit -Hn 1024";
@@ -301,7 +296,7 @@ fn slow_command_does_not_fall_behind() {
 }
 
 /// A run that lasts, as nobody reads its output, delays no echo, no health check and no idle client's end,
-/// and costs no time; what is pending is run once somebody reads. (And `head` ends `yes` by SIGPIPE, as
+/// and costs no time; what is pending is run once somebody reads. (`head` ends `yes` by SIGPIPE, as
 /// anywhere.)
 #[test]
 fn long_run_delays_nobody() {
@@ -340,16 +335,12 @@ fn transcript_goes_on_beside_the_output() {
     let (_notes, mut server) = noted(&[], script);
     let port = server.echo("foo\n");
     let mut exit = server.stop();
-    let mut expected = Vec::from(conversation("foo", port));
-    expected.extend([
-        format!("Serving on 127.0.0.1:{}", server.address.port()),
-        "Observing foo".into(),
-        "ran foo".into(),
-    ]);
+    let [received, sent, closed] = conversation("foo", port);
+    let serving = format!("Serving on {}", server.address);
     // Which of the two comes first of what is written at the same moment, is nobody's promise.
     exit.stdout.sort();
-    expected.sort();
-    assert_eq!((exit.stdout, exit.stderr), (expected, vec!["told foo".into()]));
+    assert_eq!(exit.stdout, [&closed, "Observing foo", &received, &sent, &serving, "ran foo"]);
+    assert_eq!(exit.stderr, ["told foo"]);
 }
 
 /// A run that fails is told in a sentence, with `--quiet`, too, and is not repeated.
@@ -610,8 +601,8 @@ fn runs_leak_nothing() {
     assert!(after.0 <= before.0 + 150 && after.1 == before.1, "{before:?} kB and threads, then {after:?}");
 }
 
-/// The end of each run is noticed at once and told, of hundreds of the shortest, also where the server's
-/// parent blocks SIGCHLD.
+/// The end of each run is noticed at once and told, also of the shortest, and where the parent blocks
+/// SIGCHLD.
 #[test]
 fn shortest_runs_are_noticed() {
     for setup in ["true", "exec env --block-signal=CHLD \"$0\" \"$@\""] {
@@ -682,8 +673,8 @@ fn command_that_cannot_be_started_ends_it() {
     }
 }
 
-/// A command that is there no more ends the server at the next event, and no later one is tried, such as the
-/// one that the debounce holds.
+/// A command that is there no more ends the server at the next event, and is tried for no later one, such as
+/// the one that the debounce holds.
 #[test]
 fn missing_command_is_not_tried_again() {
     let notes = Notes::new();
@@ -730,8 +721,7 @@ fn path_is_searched() {
     assert_eq!(ends_at_the_first_event(with_path(&first)).code, Some(126));
 }
 
-/// An event is whole up to the system's limit, 128 KiB a variable; a longer one is told, and the server goes
-/// on.
+/// An event is whole up to the system's limit, 128 KiB a variable; a longer one is told, and others are run.
 #[test]
 fn long_event_is_whole_or_told() {
     let (notes, mut server) = noted(&["--max-line", "300000"], NOTE);
@@ -749,8 +739,8 @@ fn long_event_is_whole_or_told() {
     assert_eq!(notes.lines().len(), 3);
 }
 
-/// For want of processes or memory, or while somebody writes the program, a run is left out, which is told,
-/// and the server goes on.
+/// A run is left out, and that is told, for want of processes or memory, or while somebody writes the
+/// program.
 #[test]
 fn run_that_is_left_out_is_told() {
     let notes = Notes::new();
