@@ -139,8 +139,8 @@ fn costs_no_time(server: &Server) {
 #[test]
 fn event_is_in_the_environment() {
     let (notes, server) = noted(&[], r#"printf '<%s>\n' "$SMOLRX_EVENT" >> "$D/notes""#);
-    let text = "foo\n\n   \n0\n-rf\n--help\n--\nSMOLRX_EVENT=x\nPATH=/nowhere\n=\n$(touch x) `id` \"'; exit 9 #\n\
-        two  spaces\tand a tab\nünï→☃\nesc \x1b[31m and nul \0 and cr \r within\n\
+    let text = "foo\n\n   \n0\n-rf\n--help\n--\nSMOLRX_EVENT=x\nPATH=/nowhere\n=\n$(touch x) `id` \"'; exit 9\n\
+        # two  spaces\tand a tab\nünï→☃\nesc \x1b[31m and nul \0 and cr \r within\n\
         \u{202e}right to left\u{2028}\n%s %n \\0 \\n\nlast\n";
     let text = [text.as_bytes(), b"\xff\xfe no UTF-8 \xc3\n"].concat();
     for line in text.split_inclusive(|&byte| byte == b'\n') {
@@ -278,8 +278,7 @@ fn latest_event_is_run_next() {
     notes.release();
     notes.wait_for_count(6);
     let lines = notes.lines();
-    let tick =
-        |i: usize| lines[i].strip_prefix("begin ").and_then(|event| event.parse::<u64>().ok()).unwrap();
+    let tick = |i: usize| lines[i].strip_prefix("begin ").unwrap().parse::<u64>().unwrap();
     assert_eq!(lines[1..4], [format!("end {}", tick(0)), "begin poke 9".into(), "end poke 9".into()]);
     assert!(tick(4) > tick(0), "{lines:?}");
 }
@@ -366,11 +365,12 @@ fn failed_run_is_told() {
 
 // ------------------------------------------------------------------------ the end
 
-/// After SIGTERM, SIGINT or both at once the server waits for the run under way, longer than for its clients,
-/// runs the latest event, be it a line that its client completes meanwhile, and ends with 0.
+/// After SIGTERM, or SIGINT with it at once, the server waits for the run under way, longer than for its
+/// clients, runs the latest event, be it a line that its client completes meanwhile, and ends with 0.
 #[test]
 fn signal_waits_for_the_run_and_runs_what_is_pending() {
-    let waits = |signals: &[Signal], time, last| {
+    let cases = [(&[Signal::TERM][..], 7000, "third"), (&[Signal::INT, Signal::TERM], 500, "completed")];
+    for (signals, time, last) in cases {
         let (notes, mut server) = noted(&[], HELD);
         notes.poke(&server, "first\n");
         server.echo("second\n");
@@ -395,12 +395,7 @@ fn signal_waits_for_the_run_and_runs_what_is_pending() {
         let runs = ["first", last].map(|event| [format!("begin {event}"), format!("end {event}")]);
         assert_eq!(notes.lines(), runs.concat());
         assert_eq!(observed(&exit.stdout).last(), Some(&last), "{signals:?}");
-    };
-    thread::scope(|scope| {
-        scope.spawn(|| waits(&[Signal::TERM], 7000, "third"));
-        scope.spawn(|| waits(&[Signal::INT], 500, "completed"));
-        scope.spawn(|| waits(&[Signal::INT, Signal::TERM], 500, "completed"));
-    });
+    }
 }
 
 /// A signal brings about the run of the event that the debounce holds, and none without one; a failure of
@@ -630,16 +625,6 @@ fn ignored_sigchld_holds_up_nothing() {
 
 // --------------------------------------------------------------- what can't be started
 
-/// How a server ends that is poked once; it has shown the line, and ends by itself.
-#[track_caller]
-fn ends_at_the_first_event(command: Command) -> Exit {
-    let mut server = start(command);
-    let port = server.echo("poke\n");
-    let exit = server.exited(ms(6000));
-    assert!(conversation("poke", port).iter().all(|line| exit.stdout.contains(line)), "{exit:?}");
-    exit
-}
-
 /// A command that is not found, may not be run, is no program, or has a name that no file can have, ends the
 /// server at the first event with the shells' code and a sentence, which is one harmless line.
 #[test]
@@ -664,8 +649,11 @@ fn command_that_cannot_be_started_ends_it() {
         (&[126, 127], "", &not_there),
     ] {
         for command in commands {
-            let exit = ends_at_the_first_event(with_command(&[], &[command, "--argument"]));
+            let mut server = start(with_command(&[], &[command, "--argument"]));
+            let port = server.echo("poke\n");
+            let exit = server.exited(ms(6000));
             let what = format!("{command:.60}: {exit:?}");
+            assert_eq!(exit.stdout[1..4], conversation("poke", port), "{what}");
             assert!(codes.contains(&exit.code.unwrap()) && exit.stderr.len() == 1, "{what}");
             let beginning = format!("smolrx: cannot run {:.60}", shown(command.as_bytes()));
             assert!(exit.stderr[0].starts_with(&beginning) && exit.stderr[0].ends_with(why), "{what}");
@@ -695,30 +683,30 @@ fn missing_command_is_not_tried_again() {
 #[test]
 fn path_is_searched() {
     let notes = Notes::new();
-    let [first, second, third] = ["first", "second", "third"].map(|folder| notes.name(folder));
     for (folder, mode) in [("first", "644"), ("second", "755"), ("third", "755"), (".", "755")] {
         fs::create_dir_all(notes.name(folder)).unwrap();
         notes.install(&format!("{folder}/smolrx-tool"), mode, format!("#!/bin/sh\necho {folder}\n"));
     }
-    let with_path = |places: &str| {
+    let poked_with_path = |places: &str| {
         let mut command = with_command(&[], &["smolrx-tool"]);
         command.env("PATH", places).current_dir(notes.name(""));
-        command
+        let server = start(command);
+        server.echo("poke\n");
+        server
     };
     for (places, says) in [
-        (format!("{second}:{third}"), "second"),
-        (format!("{third}:{second}"), "third"),
-        (format!("{first}:{third}"), "third"),
-        (format!("/no/such:/dev/null:/{}:{second}", "x".repeat(5000)), "second"),
-        (format!(":{second}"), "."),
-        ("/no/such::".into(), "."),
+        ("second:third", "second"),
+        (&notes.name("third:second"), "third"),
+        ("first:third", "third"),
+        (&format!("/no/such:/dev/null:/{}:second", "x".repeat(5000)), "second"),
+        (":second", "."),
+        ("/no/such::", "."),
     ] {
-        let mut server = start(with_path(&places));
-        server.echo("poke\n");
+        let mut server = poked_with_path(places);
         server.stdout.wait_for(says);
         assert_eq!(server.stop().stderr, [""; 0], "{places:.100}");
     }
-    assert_eq!(ends_at_the_first_event(with_path(&first)).code, Some(126));
+    assert_eq!(poked_with_path("first").exited(ms(6000)).code, Some(126));
 }
 
 /// An event is whole up to the system's limit, 128 KiB a variable; a longer one is told, and others are run.
