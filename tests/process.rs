@@ -254,7 +254,8 @@ fn quiet_output_costs_nothing() {
 fn failed_stdout_is_an_error() {
     let texts: [&[&str]; 2] = [&["--help"], &["--version"]];
     for options in texts {
-        let exit = with_stdout(options, io::pipe().unwrap().1).exited(PATIENCE);
+        let (_, closed) = io::pipe().unwrap();
+        let exit = with_stdout(options, closed).exited(PATIENCE);
         assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{options:?}: {exit:?}");
     }
     let events = ["-q", "--debounce", "1"];
