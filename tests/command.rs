@@ -139,8 +139,8 @@ fn costs_no_time(server: &Server) {
 #[test]
 fn event_is_in_the_environment() {
     let (notes, server) = noted(&[], r#"printf '<%s>\n' "$SMOLRX_EVENT" >> "$D/notes""#);
-    let text = "foo\n\n   \n0\n-rf\n--help\n--\nSMOLRX_EVENT=x\nPATH=/nowhere\n=\n$(touch x) `id` \"'; exit 9\n\
-        # two  spaces\tand a tab\nünï→☃\nesc \x1b[31m and nul \0 and cr \r within\n\
+    let text = "foo\n\n   \n0\n-rf\n--help\n--\nSMOLRX_EVENT=x\nPATH=/nowhere\n=\n$(touch x) `id` \"'; exit\n\
+        two  spaces\tand a tab\nünï→☃\nesc \x1b[31m and nul \0 and cr \r within\n\
         \u{202e}right to left\u{2028}\n%s %n \\0 \\n\nlast\n";
     let text = [text.as_bytes(), b"\xff\xfe no UTF-8 \xc3\n"].concat();
     for line in text.split_inclusive(|&byte| byte == b'\n') {
@@ -149,8 +149,7 @@ fn event_is_in_the_environment() {
     assert_eq!(server.stderr.lines(), [""; 0]);
 }
 
-/// A script prints the same in a run as in the server's place, after the same `setup`, beside many clients or
-/// none.
+/// A script prints the same in a run as in the server's place, after the same `setup`, beside clients or not.
 #[track_caller]
 fn is_given_the_same(setup: &str, script: &str, arguments: &[&[u8]]) {
     raise_descriptor_limit();
@@ -164,12 +163,12 @@ fn is_given_the_same(setup: &str, script: &str, arguments: &[&[u8]]) {
     command.args(arguments).env("SMOLRX_EVENT", "an older one");
     let mut server = start(command);
     server.echo("poke\n");
-    server.stdout.wait_for_count(printed.len());
+    server.stdout.wait_for_count(1);
     let mut clients: Vec<Client> = (0..100).map(|_| server.connect()).collect();
     clients.iter_mut().for_each(|client| client.send("half"));
     clients.iter().for_each(Client::is_taken);
     server.echo("poke\n");
-    server.stdout.wait_for_count(2 * printed.len());
+    server.stdout.wait_for_count(printed.len() + 1);
     let (soft, hard) = server.descriptor_limits();
     assert_eq!(soft, hard, "the server's own limits of descriptors, after runs");
     clients.into_iter().for_each(Client::reset);
@@ -286,8 +285,8 @@ fn latest_event_is_run_next() {
 /// A fast clock with a slow command does not fall behind: each run has the latest tick, as it is observed.
 #[test]
 fn slow_command_does_not_fall_behind() {
-    let (notes, mut server) = noted(&TICKING, &format!("{NOTE}; sleep 0.4"));
-    notes.wait_for_count(6);
+    let (notes, mut server) = noted(&TICKING, &format!("{NOTE}; sleep 1"));
+    notes.wait_for_count(4);
     let ticks: Vec<u64> = notes.lines().iter().map(|line| line.parse().unwrap()).collect();
     // A busy machine's clock leaves some out, and never so many.
     assert!(ticks.windows(2).all(|pair| pair[1] >= pair[0] + 8), "{ticks:?}");
@@ -473,6 +472,7 @@ fn command_holds_up_no_end() {
         command.stdout(writer);
         let mut server = Server::found(Process::spawn_with_stdout(command));
         let pid = Pid::from_raw(notes.poke(&server, "poke\n").parse().unwrap()).unwrap();
+        server.echo("more\n"); // which is to be written to what may be full
         let reader = (code == 143).then_some(reader);
         if reader.is_some() {
             server.signal(Signal::TERM);
