@@ -5,7 +5,6 @@
 //! | `SMOLRX_SOAK` | 5 | seconds of the soak |
 //! | `SMOLRX_SIGTERMS` | 20 | servers stopped at random moments under load |
 //! | `SMOLRX_SLOW` | 3 | seconds for which 2,000 slow clients send a byte a second |
-//! | `SMOLRX_RESETS` | 50 | resets at each stage |
 //!
 //! `SMOLRX_SEED` repeats the random moments of a run, which says its seed when it fails.
 
@@ -147,31 +146,6 @@ fn client_that_cannot_be_watched_is_served() {
     }
 }
 
-// -------------------------------------------------------------------- resets
-
-/// A reset ends its own connection and nothing else, at whatever stage it comes.
-#[test]
-fn resets_at_every_stage() {
-    for options in [calm(&[]), calm(&["--keep-open"])] {
-        let mut server = Server::start(&options);
-        let before = server.descriptors();
-        for _ in 0..setting("SMOLRX_RESETS", 50) {
-            for (sent, echo) in [("", ""), ("part", ""), ("whole\n", ""), ("answered\n", "answered\n")] {
-                let mut client = server.connect();
-                client.send(sent);
-                client.expect(echo);
-                client.reset();
-            }
-        }
-        server.echo("last\n");
-        eventually(PATIENCE, "no descriptor is left", || server.descriptors() == before);
-        let exit = server.stop();
-        assert!(!exit.stdout.iter().any(|line| line.contains("part")), "part of a line was received");
-        assert_eq!(observed(&exit.stdout), ["last"]);
-        assert!(!exit.stderr.iter().any(|line| line.contains("panicked")), "{exit:?}");
-    }
-}
-
 // ------------------------------------------------------------------- signals
 
 /// SIGTERM at a random moment under load: every line whose echo a client got is in the transcript,
@@ -264,7 +238,8 @@ fn soak_leaves_nothing_behind() {
     println!("{conversations} connections, {memory} kB before, {after} kB after");
     assert!(after <= memory + 64, "{memory} kB before, {after} kB after {conversations} connections");
     server.echo("last\n");
-    server.stop();
+    let exit = server.stop();
+    assert!(!exit.stderr.iter().any(|line| line.contains("panicked")), "{exit:?}");
 }
 
 /// Clients of every kind for so long; answers how many there were.
@@ -293,6 +268,7 @@ fn abuse(server: &Server, time: Duration) -> usize {
 /// One client; the kinds take turns. A client that is to stay idle is handed back.
 fn one_of_every_kind(server: &Server, number: usize) -> Option<Client> {
     let mut client = server.connect();
+    let kind = number % 11;
     let (sent, times): (&[u8], _) = [
         (&b"one line\n"[..], 1),
         (b"pipelined\n", 50),
@@ -303,18 +279,24 @@ fn one_of_every_kind(server: &Server, number: usize) -> Option<Client> {
         (b"gone before the echo\n", 20),
         (b"x", 4097), // too long by one
         (b"idle in mid-li", 1),
-    ][number % 9];
+        (b"", 0),
+        (b"gone after the echo\n", 1),
+    ][kind];
     let sent = sent.repeat(times);
     client.send(&sent);
-    match number % 9 {
+    match kind {
         0..=2 => client.expect(&sent),
         3 | 4 => {
             client.finish();
             assert_eq!(client.rest(), sent);
         }
-        5 | 6 => client.reset(),
+        5 | 6 | 9 => client.reset(),
         7 => assert_eq!(client.until_closed(), b""),
-        _ => return Some(client),
+        8 => return Some(client),
+        _ => {
+            client.expect(&sent);
+            client.reset();
+        }
     }
     None
 }

@@ -5,7 +5,7 @@
 #![allow(dead_code)] // each test file is a crate of its own and uses its own part
 
 use nix::sched::{CloneFlags, unshare};
-use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcsetattr};
@@ -62,13 +62,6 @@ pub fn skip(reason: impl std::fmt::Display) {
     assert!(env::var_os("SMOLRX_NO_SKIPS").is_none(), "SKIPPED where SMOLRX_NO_SKIPS is set: {reason}");
     let test = thread::current().name().unwrap_or("a part of a test").to_owned();
     let _ = writeln!(io::stderr(), "SKIPPED: {test}: {reason}");
-}
-
-/// How long the end may take after the signal: six seconds and a moment for the test to see it, or more where a script
-/// starts an emulator, which takes longer for everything.
-fn stop_limit() -> Duration {
-    let is_emulated = fs::read(binary()).is_ok_and(|file| file.starts_with(b"#!"));
-    if is_emulated { ms(8000) } else { ms(6250) }
 }
 
 /// The value of a setting in the environment, or what it is by default.
@@ -321,7 +314,9 @@ impl Process {
         let exit = self.exited(PATIENCE);
         let took = signalled.elapsed();
         assert_eq!(exit.code, Some(0), "the exit code after a signal: {:?}", exit.stderr);
-        assert!(took < stop_limit(), "ended {took:?} after the signal");
+        // Six seconds, and a moment for the test to see it; an emulator, started by a script, takes longer for all.
+        let is_emulated = fs::read(binary()).is_ok_and(|file| file.starts_with(b"#!"));
+        assert!(took < if is_emulated { ms(8000) } else { ms(6250) }, "ended {took:?} after the signal");
         exit
     }
 
@@ -351,7 +346,6 @@ impl Process {
         tasks.map(|task| fs::read_to_string(task.unwrap().path().join(file)).unwrap()).collect()
     }
 
-    /// The descriptors that are open, by their numbers.
     fn open_descriptors(&self) -> Vec<PathBuf> {
         fs::read_dir(self.proc("fd")).unwrap().map(|descriptor| descriptor.unwrap().path()).collect()
     }
@@ -370,7 +364,6 @@ impl Process {
         field.trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// The number of open descriptors.
     pub fn descriptors(&self) -> usize {
         self.open_descriptors().len()
     }
@@ -380,8 +373,8 @@ impl Process {
         let open = self.open_descriptors();
         let is_free = |number: &u64| !open.contains(&self.proc(&format!("fd/{number}")));
         let current = (0..).filter(is_free).nth(clients);
-        prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, Rlimit { current, maximum: current })
-            .unwrap();
+        let limit = Rlimit { current, maximum: current };
+        prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).unwrap();
     }
 
     pub fn threads(&self) -> u64 {
@@ -492,8 +485,8 @@ impl Server {
     fn start_with(options: &[&str], command: impl Fn(&[&str]) -> Command) -> Self {
         let port = Port::reserve();
         let number = port.number().to_string();
-        let server = Self::of(Process::spawn(command(&[&["--tcp-port", &number], options].concat())));
-        Self { _port: Some(port), ..server }
+        let process = Process::spawn(command(&[&["--tcp-port", &number], options].concat()));
+        Self { _port: Some(port), ..Self::of(process) }
     }
 
     /// A program that is about to say where it serves.
@@ -523,6 +516,22 @@ impl Server {
         Client::connect(self.loopback())
     }
 
+    /// So many clients that are connected, and then have each sent `text`.
+    pub fn clients(&self, count: usize, text: &str) -> Vec<Client> {
+        raise_descriptor_limit();
+        let mut clients: Vec<Client> = (0..count).map(|_| self.connect()).collect();
+        clients.iter_mut().for_each(|client| client.send(text));
+        clients
+    }
+
+    /// A client that has sent `text`, all of which the server has read.
+    pub fn client_in(&self, text: &str) -> Client {
+        let mut client = self.connect();
+        client.send(text);
+        client.is_taken();
+        client
+    }
+
     /// A client that can take a few kilobytes only before it has read them.
     pub fn connect_with_small_window(&self) -> Client {
         let socket = stream_socket();
@@ -542,16 +551,12 @@ impl Server {
 
     /// Nobody is let in any more, and at once.
     pub fn refuses(&self) {
-        refuses(self.loopback());
+        eventually(ms(1500), "a new connection is refused", || {
+            // One that comes in between two steps of the end gets no answer for a second.
+            let attempt = TcpStream::connect_timeout(&self.loopback(), ms(100));
+            attempt.is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
+        });
     }
-}
-
-/// Nobody is let in at an address any more, and at once.
-pub fn refuses(address: SocketAddr) {
-    eventually(ms(1500), "a new connection is refused", || {
-        // One that comes in between two steps of the end gets no answer for a second.
-        TcpStream::connect_timeout(&address, ms(100)).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
-    });
 }
 
 /// The answer of `--health` for the server at a port of this machine.
@@ -776,11 +781,6 @@ impl Client {
 
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
         self.0.write_all(bytes.as_ref()).expect("the server takes what is sent");
-    }
-
-    /// Sends a byte as urgent.
-    pub fn send_urgent(&mut self, byte: u8) {
-        assert_eq!(rustix::net::send(&self.0, &[byte], SendFlags::OOB), Ok(1));
     }
 
     /// Waits until so many bytes are there to be read, and leaves them there.
