@@ -775,23 +775,6 @@ fn sigterm_ends_a_flood_of_lines() {
     });
 }
 
-/// The process ends within six seconds of SIGTERM beside a flood of new connections, each with a line and reset.
-#[test]
-fn sigterm_ends_a_flood_of_connections() {
-    at_once([&[][..], &["--max-conns", "1"]], |options| {
-        let mut server = writing_to(Stdio::null(), options);
-        let address = server.address;
-        let connect = move || {
-            // Who is not let in now tries again.
-            let Ok(socket) = TcpStream::connect_timeout(&address, ms(2000)) else { return 0 };
-            let _ = (&socket).write_all(b"x\n");
-            let _ = sockopt::set_socket_linger(&socket, Some(Duration::ZERO));
-            1
-        };
-        beside(vec![connect; 4], 2000, || server.stop());
-    });
-}
-
 /// The process ends within six seconds of SIGTERM beside a thousand clients that end their lines just before the
 /// grace does, send more, and never take their echo nor close.
 #[test]
