@@ -1,6 +1,6 @@
 //! Load, abuse and bad luck: fault runs against the real binary, each with its outcome.
 //!
-//! `SMOLRX_SOAK=600`, `SMOLRX_SIGTERMS=200` and `SMOLRX_SLOW=60` make them longer (seconds, servers, seconds), and
+//! `SMOLRX_SOAK=600`, `SMOLRX_SLOW=60` (seconds) and `SMOLRX_SIGTERMS=200` (servers) make them longer, and
 //! `SMOLRX_SEED` repeats the random moments of a run, which says its seed when it fails.
 
 mod common;
@@ -18,8 +18,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 // -------------------------------------------------------------- slow clients
 
-/// 2,000 clients that send a byte a second do not keep another one waiting for 100 ms, and when they stop sending the
-/// timeout frees them all.
+/// 2,000 clients that send a byte a second do not keep another one waiting for 100 ms, and when they stop
+/// sending the timeout frees them all.
 #[test]
 fn slow_clients_hold_nobody_up() {
     let mut server = Server::start(&calm(&["--max-conns", "4096", "--timeout", "3000"]));
@@ -63,8 +63,8 @@ fn long_echo_holds_nobody_up() {
     assert!(spent < ms(2000), "{spent:?} of processor time");
 }
 
-/// Runs `body` beside round trips of one line to an address, none of which may take more than 100 ms, but for what the
-/// machine takes at that moment from the simplest server there is.
+/// Runs `body` beside round trips of one line to an address, none of which may take more than 100 ms, but for
+/// what the machine takes at that moment from the simplest server there is.
 fn beside_quick_round_trips(address: SocketAddr, body: impl FnOnce()) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let control = listener.local_addr().unwrap();
@@ -100,8 +100,8 @@ fn beside_quick_round_trips(address: SocketAddr, body: impl FnOnce()) {
 
 // ------------------------------------------------------------ a kernel that lacks memory
 
-/// A client for which the kernel has no room among those that it watches is served all the same, once there is some,
-/// and a warning says why it waited.
+/// A client for which the kernel has no room among those that it watches is served all the same, once there
+/// is some, and a warning says why it waited.
 #[test]
 fn client_that_cannot_be_watched_is_served() {
     if let Some(reason) = refusal(Command::new("strace").args(["-o", "/dev/null", "true"])) {
@@ -110,8 +110,8 @@ fn client_that_cannot_be_watched_is_served() {
     for (error, words) in [("ENOMEM", "out of memory (error 12)"), ("ENOSPC", "no storage space (error 28)")]
     {
         let warning = format!("smolrx: cannot wait for a client: {words}; trying again");
-        // Which call adds the client depends on what else is done at that moment; only that one can fail for want
-        // of memory.
+        // Which call adds the client depends on what else is done at that moment; only that one can fail for
+        // want of memory.
         let hit = (1..=8).cycle().take(40).any(|number| {
             let scratch = Scratch::new();
             let log = scratch.file("log");

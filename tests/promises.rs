@@ -113,8 +113,8 @@ fn urgent_byte_is_echoed_in_its_place() {
     }
 }
 
-/// The lines of a client that leaves before their echo are received, a last one without a newline included; of one
-/// that resets the connection those that are whole.
+/// The lines of a client that leaves before their echo are received, a last one without a newline included;
+/// of one that resets the connection those that are whole.
 #[test]
 fn lines_of_a_client_that_is_gone_are_received() {
     let many: String = (0..10_000).map(|i| format!("{i}\n")).collect();
@@ -152,8 +152,8 @@ fn lines_of_a_client_that_is_gone_are_received() {
 
 // ----------------------------------------------------- hostile input: too long a line
 
-/// A line longer than `--max-line`, its ending included, gets a sentence on stderr that names the option, no echo, no
-/// event and no memory, be it a byte longer or endless; the limit is 2048 bytes when none is given.
+/// A line longer than `--max-line`, its ending included, gets a sentence on stderr that names the option, no
+/// echo, no event and no memory, be it a byte longer or endless; the limit is 2048 bytes when none is given.
 #[test]
 fn longer_line_is_refused() {
     for (limit, options) in [(16, &["--max-line", "16"][..]), (2048, &[])] {
@@ -184,8 +184,8 @@ fn longer_line_is_refused() {
 
 // ----------------------------------------------------------- silence for --timeout
 
-/// A connection that sends nothing for `--timeout` is closed, also in the middle of a line; part of a line is no event,
-/// and leaves nothing in the transcript.
+/// A connection that sends nothing for `--timeout` is closed, also in the middle of a line; part of a line is
+/// no event, and leaves nothing in the transcript.
 #[test]
 fn silent_connection_is_closed() {
     let part = "half a li";
@@ -210,8 +210,8 @@ fn silent_connection_is_closed() {
     }
 }
 
-/// A client that does not take its echo is let go after `--timeout`, and what it sent is observed all the same, as it
-/// is when the client resets the connection meanwhile.
+/// A client that does not take its echo is let go after `--timeout`, and what it sent is observed all the
+/// same, as it is when the client resets the connection meanwhile.
 #[test]
 fn connection_that_does_not_take_its_echo_is_closed() {
     for resets in [false, true] {
@@ -241,8 +241,8 @@ fn client_that_only_sends_is_closed() {
     assert!(start.elapsed() >= ms(995), "after {:?}", start.elapsed());
 }
 
-/// A client that is slow but goes on is not cut off, be it that its line takes long or that it takes its echo a little
-/// at a time, though the kernel's buffers are large.
+/// A client that is slow but goes on is not cut off, be it that its line takes long or that it takes its echo
+/// a little at a time, though the kernel's buffers are large.
 #[test]
 fn slow_client_is_not_cut() {
     let server = &Server::start(&calm(&["--timeout", "1500", "--max-line", "9000000"]));
@@ -267,8 +267,8 @@ fn slow_client_is_not_cut() {
     });
 }
 
-/// Lines that are there when their clients' time is judged count, however late that is: they came while the server
-/// slept, and are more than it looks at in one go.
+/// Lines that are there when their clients' time is judged count, however late that is: they came while the
+/// server slept, and are more than it looks at in one go.
 #[test]
 fn lines_that_came_in_time_beat_the_timeout() {
     at_once(both_ways(&[]), |options| {
@@ -324,8 +324,8 @@ fn more_sent_at_any_moment_does_not_cut_the_echo() {
     assert_eq!(client.rest(), b"foo\n", "in good order, as the server knows that there is more");
 }
 
-/// The echo of a long line arrives whole although its client sends one byte more and takes it late, be the echo not
-/// begun by then, begun, or in the kernel's hands.
+/// The echo of a long line arrives whole although its client sends one byte more and takes it late, be the
+/// echo not begun by then, begun, or in the kernel's hands.
 #[test]
 fn byte_after_a_long_line_does_not_cut_the_echo() {
     let server = Server::start(&calm(&["--max-line", "6000000"]));
@@ -349,7 +349,7 @@ fn byte_after_a_long_line_does_not_cut_the_echo_over_a_slow_network() {
     });
 }
 
-/// Each client sends a line and, some time after so much of its echo has come, a byte; it takes the echo later.
+/// Each client sends a line, some time after so much of its echo has come a byte, and takes the echo later.
 fn byte_after_a_long_line(mut clients: Vec<Client>, length: usize, begun: usize, pause: u64, later: u64) {
     let line = line_of(length);
     clients.iter_mut().for_each(|client| client.send(&line));
@@ -362,8 +362,8 @@ fn byte_after_a_long_line(mut clients: Vec<Client>, length: usize, begun: usize,
     assert_eq!(whole, clients.len(), "echoes of {length} bytes, the byte sent after {pause} ms");
 }
 
-/// A client that never closes is let go five seconds after its long echo, and gets all of that: be it that it takes
-/// the echo and sends no more, or takes it late amid a flood of its own, or takes it when the server has let go.
+/// A client that never closes is let go five seconds after its long echo, and gets all of that, whether it
+/// sends no more, takes the echo late amid a flood of its own, or takes it when the server has let go.
 #[test]
 fn client_that_never_closes_is_let_go() {
     let server = Server::start(&calm(&["--max-line", "65536"]));
@@ -395,8 +395,8 @@ fn client_that_never_closes_is_let_go() {
 
 // ------------------------------------------------------------------- hostile input
 
-/// Control characters, bidi controls and bytes that are not UTF-8 are echoed as they came, and shown so that they
-/// can do no harm: an event is one line, and no client writes to the terminal.
+/// Control characters, bidi controls and bytes that are not UTF-8 are echoed as they came, and shown so that
+/// they can do no harm: an event is one line, and no client writes to the terminal.
 #[test]
 fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
     let (nul, shown_nul) = ("\0".repeat(2000) + "\n", r"\u{0}".repeat(2000));
@@ -412,7 +412,7 @@ fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
         (b"\xed\xa0\x80 \xc0\xaf\n", "\u{fffd}\u{fffd}\u{fffd} \u{fffd}\u{fffd}"),
         (b"\xc3\x28 \xa0\xa1 \xe2\x28\xa1\n", "\u{fffd}( \u{fffd}\u{fffd} \u{fffd}(\u{fffd}"),
         ("naïve ✓ 🦀 עברית \u{ffff}\u{10ffff}.\n".as_bytes(), "naïve ✓ 🦀 עברית \u{ffff}\u{10ffff}."),
-        // Blanks at the ends are not shown, be they control characters or not; nor is a byte order mark at the start.
+        // Blanks at the ends are not shown, control characters or not, and no byte order mark at the start.
         ("\t\u{a0}foo\r\rbar \u{3000}\u{2028}\r\r\n".as_bytes(), r"foo\r\rbar"),
         ("\u{feff}foo\u{feff}bar\r\n".as_bytes(), "foo\u{feff}bar"),
         (b"no ending\r", "no ending"),
@@ -434,8 +434,8 @@ fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
 
 // ------------------------------------------------------------------- a full server
 
-/// As many clients as `--max-conns` says are served at once, 512 without it; the others wait in the backlog until
-/// one has left, are served in the order in which they came, and none is refused.
+/// As many clients as `--max-conns` says are served at once, 512 without it; the others wait in the backlog
+/// until one has left, are served in the order in which they came, and none is refused.
 #[test]
 fn clients_beyond_the_limit_wait_and_are_served() {
     for (limit, options) in [(1, calm(&["--max-conns", "1"])), (512, calm(&[]))] {
@@ -482,8 +482,8 @@ fn in_bounded_memory<T>(server: &Process, run: impl FnOnce() -> T) -> T {
     result
 }
 
-/// 1,020 clients with unfinished lines of many lengths, within `--max-line` or beyond it, and then lines of DEL, which
-/// are shown six times as long, take bounded memory.
+/// 1,020 clients with unfinished lines of many lengths, within `--max-line` or beyond it, and then lines of
+/// DEL, which are shown six times as long, take bounded memory.
 #[test]
 fn unfinished_lines_of_many_lengths_take_bounded_memory() {
     let server = Server::start(&CALM);
@@ -502,8 +502,8 @@ fn unfinished_lines_of_many_lengths_take_bounded_memory() {
     server.echo("last\n");
 }
 
-/// Connections that all hold as much of an unfinished line as they may take bounded memory and no processor time, and
-/// whole lines beside them are served at once.
+/// Connections that all hold as much of an unfinished line as they may take bounded memory and no processor
+/// time, and whole lines beside them are served at once.
 #[test]
 fn longest_unfinished_lines_take_bounded_memory_and_nobodys_time() {
     let [one_line, keep_open] = both_ways(&[]);
@@ -547,7 +547,7 @@ fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
     });
 }
 
-/// Text that waits for its reader, six times as long as its bytes, takes bounded memory, and none of it is lost.
+/// Text that waits for its reader, six times as long as its bytes, takes bounded memory, and none is lost.
 #[test]
 fn text_that_waits_takes_bounded_memory() {
     let mut server = Server::start(&CALM);
@@ -584,8 +584,8 @@ fn clients_that_say_nothing_leave_nothing() {
 
 // ------------------------------------------------- stdout and stderr that nobody reads
 
-/// Whole lines are served at once, as soon as there is room for their text, beside a flood, clients in the middle of
-/// their lines and a reader of stdout that takes 300 kB a second.
+/// Whole lines are served at once, as soon as there is room for their text, beside a flood, clients in the
+/// middle of their lines and a reader of stdout that takes 300 kB a second.
 #[test]
 fn lines_are_served_beside_a_slow_reader_of_stdout() {
     let (mut reader, writer) = io::pipe().unwrap();
@@ -613,8 +613,8 @@ struct Stalled {
     floods: [Flood; 4],
 }
 
-/// Runs `check` on a server for each kind of stdout that nobody reads (a socket can't even be opened anew by anybody),
-/// with its stderr stalled there as well and not.
+/// Runs `check` on a server for each kind of stdout that nobody reads (a socket can't even be opened anew by
+/// anybody), with its stderr stalled there as well and not.
 fn with_every_stalled_stdout(check: impl Fn(Stalled) + Sync) {
     let cases = [false, true].into_iter().flat_map(|both| outputs().map(|output| (output, both)));
     at_once(cases, |(output, both)| check(Stalled::start(output, both)));
@@ -669,7 +669,7 @@ impl Stalled {
     }
 }
 
-/// A stdout that nobody reads, of whatever kind, holds up no probe, and a second signal ends the server at once.
+/// A stdout that nobody reads, of whatever kind, holds up no probe, and no end by a second signal.
 #[test]
 fn second_signal_ends_it_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|mut stalled| {
@@ -681,8 +681,8 @@ fn second_signal_ends_it_beside_any_stalled_stdout() {
     });
 }
 
-/// Of lines beside a stalled stdout, of whatever kind, few are echoed; no client is cut off for the time for which it
-/// is kept waiting; and when somebody reads again, no line is missing.
+/// Of lines beside a stalled stdout, of whatever kind, few are echoed; no client is cut off for the time for
+/// which it is kept waiting; and when somebody reads again, no line is missing.
 #[test]
 fn nothing_is_lost_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|stalled| {
@@ -691,7 +691,7 @@ fn nothing_is_lost_beside_any_stalled_stdout() {
     });
 }
 
-/// A server that stops writes all that it owes before it ends, also if its stdout is read again long after the grace.
+/// A server that stops writes all that it owes, also if its stdout is read again long after the grace.
 #[test]
 fn all_is_written_after_a_stop_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|mut stalled| {
@@ -700,7 +700,7 @@ fn all_is_written_after_a_stop_beside_any_stalled_stdout() {
     });
 }
 
-/// Messages for a stderr that nobody reads, of whatever kind, are left out: they hold up neither clients nor the end.
+/// Messages for a stderr that nobody reads, of whatever kind, hold up neither clients nor the end.
 #[test]
 fn stalled_stderr_holds_nobody_up() {
     for (kind, _reader, end) in outputs() {
@@ -743,7 +743,7 @@ fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
     servers.iter().for_each(|(server, _)| is_healthy(server.address.port()));
 }
 
-/// A file that may not grow any more is a failed write like any other: one sentence, and no death by a signal.
+/// A stdout that is a file and may not grow any more ends the server with a sentence, and not by a signal.
 #[test]
 fn stdout_at_its_size_limit_ends_it_with_a_message() {
     let scratch = Scratch::new();
@@ -759,8 +759,8 @@ fn stdout_at_its_size_limit_ends_it_with_a_message() {
 
 // ------------------------------------------------------------------------- stopping
 
-/// The process ends within six seconds of SIGTERM beside clients that send lines without a pause and take their
-/// echo, four of them or a thousand, and it prints the pending event.
+/// The process ends within six seconds of SIGTERM beside clients that send lines without a pause and take
+/// their echo, four of them or a thousand, and it prints the pending event.
 #[test]
 fn sigterm_ends_a_flood_of_lines() {
     at_once([(4, 2001), (4, 101), (1000, 1)], |(clients, length)| {
@@ -775,8 +775,8 @@ fn sigterm_ends_a_flood_of_lines() {
     });
 }
 
-/// The process ends within six seconds of SIGTERM beside a thousand clients that end their lines just before the
-/// grace does, send more, and never take their echo nor close.
+/// The process ends within six seconds of SIGTERM beside a thousand clients that end their lines just before
+/// the grace does, send more, and never take their echo nor close.
 #[test]
 fn sigterm_ends_a_thousand_that_linger() {
     raise_descriptor_limit();
@@ -793,8 +793,8 @@ fn sigterm_ends_a_thousand_that_linger() {
     server.stopped(signalled);
 }
 
-/// The process ends within six seconds of SIGTERM beside clients that take no echo, or that never end their lines,
-/// silent or sending, though they have all connections or all descriptors and others wait; part of a line is no event.
+/// The process ends within six seconds of SIGTERM beside clients that take no echo or never end their lines,
+/// though they have all connections or all descriptors, and others wait; part of a line is no event.
 #[test]
 fn sigterm_ends_it_whatever_its_clients_hold() {
     let echo = &*line_of(1_000_000);
@@ -828,7 +828,7 @@ fn sigterm_ends_it_whatever_its_clients_hold() {
     });
 }
 
-/// Connections between two lines are closed at once, those that have sent nothing very soon, and new ones are refused.
+/// A stop closes connections between two lines at once, silent ones very soon, and refuses new ones.
 #[test]
 fn stop_closes_idle_connections() {
     for signal in [Signal::TERM, Signal::INT] {
@@ -845,8 +845,8 @@ fn stop_closes_idle_connections() {
     }
 }
 
-/// A line that comes up to 200 ms after the signal is echoed, received and observed, if its client was connected or in
-/// the backlog when the signal came.
+/// A line that comes up to 200 ms after the signal is echoed, received and observed, if its client was
+/// connected or in the backlog when the signal came.
 #[test]
 fn line_right_after_the_signal_is_echoed() {
     let pauses = [1, 1, 1, 1, 1, 20, 100, 200];
@@ -948,8 +948,8 @@ fn stop_serves_the_backlog() {
 
 // --------------------------------------------------------------------------- health
 
-/// A server whose connections are all taken is healthy, whatever address it listens on and is asked by, and a probe
-/// leaves no trace there; one that does not answer within a second is not, and one that has ended is not.
+/// A server whose connections are all taken is healthy, whatever address it listens on and is asked by, and a
+/// probe leaves no trace there; one that does not answer within a second, or has ended, is not.
 #[test]
 fn full_server_is_healthy_and_one_that_hangs_or_has_ended_is_not() {
     for bind in ["0.0.0.0", "127.0.0.1", "::", "::1"] {
@@ -984,7 +984,7 @@ fn unhealthy_in_time(probe: impl FnOnce() -> Exit) -> Exit {
     exit
 }
 
-/// A server whose name another process has says so at its start, and is found by TCP once that process is gone.
+/// A server whose name another process has says so at its start, and is found by TCP once that is gone.
 #[test]
 fn name_taken_by_another_process_is_a_warning() {
     let port = Port::reserve();
@@ -1020,8 +1020,8 @@ fn probe_without_unix_sockets_asks_by_tcp() {
     }
 }
 
-/// A probe without options asks the first server of its network, wherever that listens, and one with a port the server
-/// there: be it full, hanging, killed, or started while the one before it still serves its last client.
+/// A probe without options asks the first server of its network, wherever that listens, and one with a port
+/// the server there: full, hanging, killed, or started while the one before it serves its last client.
 #[test]
 fn probe_asks_the_first_server_or_the_one_on_its_port() {
     in_a_network_of_its_own("", || {
@@ -1061,8 +1061,8 @@ fn probe_asks_the_first_server_or_the_one_on_its_port() {
 
 // ----------------------------------------------- a full server: no descriptor is left
 
-/// Out of descriptors it waits without spinning, warns once a second at most, and goes on when there are some:
-/// every client is served in the end.
+/// Out of descriptors it waits without spinning, warns once a second at most, and goes on when there are
+/// some: every client is served in the end.
 #[test]
 fn descriptors_exhausted_and_recovered() {
     let mut server = Server::start_after("ulimit -n 64", &CALM);

@@ -108,8 +108,8 @@ pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) 
     }
 }
 
-/// Has each load run over and over in a thread of its own as long as `body` runs, which begins once they have counted
-/// to `enough`.
+/// Has each load run over and over in a thread of its own as long as `body` runs, which begins once they have
+/// counted to `enough`.
 pub fn beside<T>(loads: Vec<impl FnMut() -> u64 + Send>, enough: u64, body: impl FnOnce() -> T) -> T {
     let (on, count) = (Arc::new(()), AtomicU64::new(0));
     thread::scope(|scope| {
@@ -139,7 +139,7 @@ pub fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, check: impl Fn(T) + 
 pub fn program(options: &[&str]) -> Command {
     let mut command = Command::new(binary());
     command.args(options);
-    // glibc, like musl in the image: no second arena, which would grow at a time of its own, and nothing large kept.
+    // glibc, like musl in the image: no second arena, which grows at a time of its own, nothing large kept.
     command.env("MALLOC_ARENA_MAX", "1").env("MALLOC_MMAP_THRESHOLD_", "131072");
     command
 }
@@ -182,8 +182,8 @@ pub fn in_a_network_of_its_own(setup: &str, body: impl FnOnce() + Send) {
     thread::scope(|scope| _ = scope.spawn(inside));
 }
 
-/// The program as process 1 of a PID namespace, as in a container, in the place of a shell that has run `setup`; and
-/// this process as seen from here. None, and the test skipped, where that can't be.
+/// The program as process 1 of a PID namespace, as in a container, in the place of a shell that has run
+/// `setup`; and this process as seen from here. None, and the test skipped, where that can't be.
 pub fn as_process_one(setup: &str, command: &Command) -> Option<(Server, Pid)> {
     let unshare = |namespaces: &[&str]| {
         let mut unshare = Command::new("unshare");
@@ -308,13 +308,13 @@ impl Process {
         Exit { code: status.code(), signal: status.signal(), stdout, stderr }
     }
 
-    /// Waits for the end after this instant, at which it was signalled: it must come in time, and be a good one.
+    /// Waits for the end after this instant, at which it was signalled: it must come in time, and be good.
     #[track_caller]
     pub fn stopped(&mut self, signalled: Instant) -> Exit {
         let exit = self.exited(PATIENCE);
         let took = signalled.elapsed();
         assert_eq!(exit.code, Some(0), "the exit code after a signal: {:?}", exit.stderr);
-        // Six seconds, and a moment for the test to see it; an emulator, started by a script, takes longer for all.
+        // Six seconds, and a moment to see it; an emulator, started by a script, takes longer for all.
         let is_emulated = fs::read(binary()).is_ok_and(|file| file.starts_with(b"#!"));
         assert!(took < if is_emulated { ms(8000) } else { ms(6250) }, "ended {took:?} after the signal");
         exit
@@ -793,7 +793,7 @@ impl Client {
     pub fn is_taken(&self) {
         let port = format!(":{:04X} ", self.port());
         eventually(PATIENCE, "the server reads what was sent", || {
-            // The thread's own, as it may be in a network of its own. State 01 is ESTABLISHED, inode 0 the backlog.
+            // The thread may be in a network of its own. State 01 is ESTABLISHED, inode 0 the backlog.
             find_socket(Path::new("/proc/thread-self/net/tcp"), &port, |field| {
                 let ours = field[2].ends_with(port.trim_end()) && field[9] != "0";
                 ours.then(|| field[3] == "01" && field[4].ends_with(":00000000"))
@@ -803,7 +803,7 @@ impl Client {
 
     /// Sends nothing more.
     pub fn finish(&self) {
-        // The server may have closed already: it wants no more than a whole line, and no more lines when it stops.
+        // The server may have closed already, as it had a whole line, or stops.
         let refused = self.0.shutdown(Shutdown::Write).err().filter(|e| e.kind() != ErrorKind::NotConnected);
         assert!(refused.is_none(), "shutdown: {refused:?}");
     }
