@@ -5,17 +5,17 @@
 #![allow(dead_code)] // each test file is a crate of its own and uses its own part
 
 use nix::sched::{CloneFlags, unshare};
-use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, sockopt};
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcsetattr};
-use std::collections::VecDeque;
 use std::env;
 use std::fs::{self, File};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, Stdio};
@@ -64,19 +64,10 @@ pub fn skip(reason: impl std::fmt::Display) {
     let _ = writeln!(io::stderr(), "SKIPPED: {test}: {reason}");
 }
 
-/// How long a process may take to end after the signal: six seconds and a moment for the test to see it, or more
-/// where a script starts an emulator, which takes longer for everything.
-pub fn stop_limit() -> Duration {
-    let is_emulated = fs::read(binary()).is_ok_and(|file| file.starts_with(b"#!"));
-    if is_emulated { ms(8000) } else { ms(6250) }
-}
-
 /// The value of a setting in the environment, or what it is by default.
 pub fn setting(name: &str, default: u64) -> u64 {
-    match env::var(name) {
-        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")),
-        Err(_) => default,
-    }
+    let number = |text: String| text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number"));
+    env::var(name).map_or(default, number)
 }
 
 /// A test with thousands of sockets needs as many descriptors itself.
@@ -117,8 +108,8 @@ pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) 
     }
 }
 
-/// Has each load run over and over in a thread of its own as long as `body` runs, which begins once they have counted
-/// to `enough`.
+/// Has each load run over and over in a thread of its own as long as `body` runs, which begins once they have
+/// counted to `enough`.
 pub fn beside<T>(loads: Vec<impl FnMut() -> u64 + Send>, enough: u64, body: impl FnOnce() -> T) -> T {
     let (on, count) = (Arc::new(()), AtomicU64::new(0));
     thread::scope(|scope| {
@@ -136,13 +127,19 @@ pub fn beside<T>(loads: Vec<impl FnMut() -> u64 + Send>, enough: u64, body: impl
     })
 }
 
+/// Checks all cases at once.
+pub fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, check: impl Fn(T) + Sync) {
+    let check = &check;
+    thread::scope(|scope| cases.into_iter().for_each(|case| _ = scope.spawn(move || check(case))));
+}
+
 // ---------------------------------------------------------------- the program
 
 /// The program under test with these options.
 pub fn program(options: &[&str]) -> Command {
     let mut command = Command::new(binary());
     command.args(options);
-    // glibc, like musl in the image: no second arena, which would grow at a time of its own, and nothing large kept.
+    // glibc, like musl in the image: no second arena, which grows at a time of its own, nothing large kept.
     command.env("MALLOC_ARENA_MAX", "1").env("MALLOC_MMAP_THRESHOLD_", "131072");
     command
 }
@@ -152,25 +149,6 @@ pub fn program_after(setup: &str, options: &[&str]) -> Command {
     let mut command = Command::new("sh");
     command.arg("-c").arg(format!("{setup}; exec \"$0\" \"$@\"")).arg(binary()).args(options);
     command
-}
-
-/// The same, run by a user who may not open what belongs to the tests' own user; none, and the test
-/// skipped, where that can't be. The scratch holds a binary that this user may run.
-pub fn program_of_nobody(options: &[&str]) -> Option<(Command, Scratch)> {
-    let nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups"];
-    if let Some(reason) = refusal(Command::new("setpriv").args(nobody).arg("true")) {
-        skip(format!("no other user: {reason}"));
-        return None;
-    }
-    let scratch = Scratch::new();
-    let copy = scratch.file("smolrx");
-    // By a process of its own: a descriptor open for writing, inherited by what another test starts
-    // at that moment, would keep the copy from being run.
-    let installed = Command::new("install").args(["-m", "755"]).args([&binary(), &copy]).status().unwrap();
-    assert!(installed.success(), "no copy of the binary");
-    let mut command = Command::new("setpriv");
-    command.args(nobody).arg(copy).args(options).env("MALLOC_ARENA_MAX", "1");
-    Some((command, scratch))
 }
 
 /// Whether this machine lacks the address `::1`; then it says what is skipped.
@@ -191,21 +169,21 @@ pub fn refusal(command: &mut Command) -> Option<String> {
 /// Runs a part of a test in a network of its own, with only a loopback interface, on which a shell
 /// has run `setup`; where that can't be, the test is skipped.
 pub fn in_a_network_of_its_own(setup: &str, body: impl FnOnce() + Send) {
+    let setup = ["-ec", &format!("ip link set lo up; {setup}")];
+    if let Some(reason) = refusal(Command::new("unshare").args(["--net", "sh"]).args(setup)) {
+        return skip(format!("no network of its own: {reason}"));
+    }
     // A thread has its own idea of what its network is, and what it starts inherits that.
     let inside = || {
-        unshare(CloneFlags::CLONE_NEWNET).map_err(|error| error.to_string())?;
-        let setup = format!("ip link set lo up; {setup}");
-        refusal(Command::new("sh").args(["-ec", &setup])).map_or(Ok(()), Err)?;
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        assert_eq!(refusal(Command::new("sh").args(setup)), None);
         body();
-        Ok(())
     };
-    let outcome: Result<(), String> = thread::scope(|scope| scope.spawn(inside).join())
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    outcome.unwrap_or_else(|reason| skip(format!("no network of its own: {reason}")));
+    thread::scope(|scope| _ = scope.spawn(inside));
 }
 
-/// The program as process 1 of a PID namespace, as in a container, in the place of a shell that has run `setup`; and
-/// this process as seen from here. None, and the test skipped, where that can't be.
+/// The program as process 1 of a PID namespace, as in a container, in the place of a shell that has run
+/// `setup`; and this process as seen from here. None, and the test skipped, where that can't be.
 pub fn as_process_one(setup: &str, command: &Command) -> Option<(Server, Pid)> {
     let unshare = |namespaces: &[&str]| {
         let mut unshare = Command::new("unshare");
@@ -222,7 +200,7 @@ pub fn as_process_one(setup: &str, command: &Command) -> Option<(Server, Pid)> {
     outer.arg(command.get_program()).args(command.get_args());
     outer.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
     let server = Server::of(Process::spawn(outer));
-    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", server.id())).unwrap();
+    let children = server.tasks("children").concat();
     let pid = children.trim();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     assert!(status.contains(&format!("NSpid:\t{pid}\t1\n")), "not process 1: {status}");
@@ -241,7 +219,6 @@ pub fn run(options: &[&str]) -> Exit {
 /// A running program whose output is collected; it is killed when dropped.
 pub struct Process {
     child: Child,
-    started: Instant,
     pub stdout: Transcript,
     pub stderr: Transcript,
 }
@@ -253,10 +230,17 @@ pub struct Exit {
     pub code: Option<i32>,
     /// The signal that killed it.
     pub signal: Option<i32>,
-    /// The time from start to end.
-    pub lifetime: Duration,
     pub stdout: Vec<String>,
     pub stderr: Vec<String>,
+}
+
+impl Exit {
+    /// What it printed is a client's conversation, of one line, and the event at the end.
+    #[track_caller]
+    pub fn tells_of(&self, shown: &str, port: u16) {
+        assert_eq!(self.stdout[1..4], conversation(shown, port), "{self:?}");
+        assert_eq!(self.stdout[4..], [format!("Observing {shown}")]);
+    }
 }
 
 impl Process {
@@ -277,20 +261,13 @@ impl Process {
         let mut child = command.spawn().expect("the program under test starts");
         let stdout = child.stdout.take().map_or_else(|| Transcript::of(io::empty()), Transcript::of);
         let stderr = child.stderr.take().map_or_else(|| Transcript::of(io::empty()), Transcript::of);
-        Self { child, started: Instant::now(), stdout, stderr }
+        Self { child, stdout, stderr }
     }
 
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("the program is there to be signalled");
     }
 
-    /// Signals it once more, so late after the first signal that it is a second one: within 100 ms two are one.
-    pub fn signal_again(&self, signal: Signal) {
-        thread::sleep(ms(150));
-        self.signal(signal);
-    }
-
-    /// The number of its process.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
@@ -325,33 +302,36 @@ impl Process {
             assert!(start.elapsed() < within, "still running after {within:?}\n{said:?}");
             thread::sleep(ms(2));
         }
-        let (status, lifetime) = (self.child.wait().unwrap(), self.started.elapsed());
+        let status = self.child.wait().unwrap();
         self.stdout.resume();
-        Exit {
-            code: status.code(),
-            signal: status.signal(),
-            lifetime,
-            stdout: self.stdout.to_the_end(),
-            stderr: self.stderr.to_the_end(),
-        }
+        let (stdout, stderr) = (self.stdout.to_the_end(), self.stderr.to_the_end());
+        Exit { code: status.code(), signal: status.signal(), stdout, stderr }
     }
 
-    /// Waits for the end after this instant, at which it was signalled: it must come in time, and be a good one.
+    /// Waits for the end after this instant, at which it was signalled: it must come in time, and be good.
     #[track_caller]
     pub fn stopped(&mut self, signalled: Instant) -> Exit {
         let exit = self.exited(PATIENCE);
         let took = signalled.elapsed();
         assert_eq!(exit.code, Some(0), "the exit code after a signal: {:?}", exit.stderr);
-        assert!(took < stop_limit(), "ended {took:?} after the signal");
+        // Six seconds, and a moment to see it; an emulator, started by a script, takes longer for all.
+        let is_emulated = fs::read(binary()).is_ok_and(|file| file.starts_with(b"#!"));
+        assert!(took < if is_emulated { ms(8000) } else { ms(6250) }, "ended {took:?} after the signal");
         exit
     }
 
-    /// Asks it to stop, which must end well.
+    /// Asks it to stop, which must be in time and end well.
+    #[track_caller]
     pub fn stop(&mut self) -> Exit {
+        let signalled = self.signalled();
+        self.stopped(signalled)
+    }
+
+    /// Asks it to stop, and answers when.
+    pub fn signalled(&self) -> Instant {
+        let now = Instant::now();
         self.signal(Signal::TERM);
-        let exit = self.exited(PATIENCE);
-        assert_eq!(exit.code, Some(0), "exit code after SIGTERM: {exit:?}");
-        exit
+        now
     }
 
     // What /proc says of it.
@@ -366,7 +346,6 @@ impl Process {
         tasks.map(|task| fs::read_to_string(task.unwrap().path().join(file)).unwrap()).collect()
     }
 
-    /// The descriptors that are open, by their numbers.
     fn open_descriptors(&self) -> Vec<PathBuf> {
         fs::read_dir(self.proc("fd")).unwrap().map(|descriptor| descriptor.unwrap().path()).collect()
     }
@@ -385,16 +364,17 @@ impl Process {
         field.trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// The number of open descriptors.
     pub fn descriptors(&self) -> usize {
         self.open_descriptors().len()
     }
 
-    /// The limit of descriptors with which it would have so many left; a gap among those that it has counts as one.
-    fn descriptor_limit_that_leaves(&self, left: usize) -> usize {
+    /// Leaves it descriptors for so many clients, and no more.
+    pub fn limit_descriptors(&self, clients: usize) {
         let open = self.open_descriptors();
-        let is_free = |number: &usize| !open.contains(&self.proc(&format!("fd/{number}")));
-        (0..).filter(is_free).nth(left).unwrap()
+        let is_free = |number: &u64| !open.contains(&self.proc(&format!("fd/{number}")));
+        let current = (0..).filter(is_free).nth(clients);
+        let limit = Rlimit { current, maximum: current };
+        prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).unwrap();
     }
 
     pub fn threads(&self) -> u64 {
@@ -414,6 +394,13 @@ impl Process {
         let add = |(time, turns), stat: &String| (time + word(stat, 0), turns + word(stat, 2));
         let (nanoseconds, turns) = self.tasks("schedstat").iter().fold((0, 0), add);
         (Duration::from_nanos(nanoseconds), turns)
+    }
+
+    /// Time spent on a processor while so much goes by.
+    pub fn busy_during(&self, time: Duration) -> Duration {
+        let before = self.activity().0;
+        thread::sleep(time);
+        self.activity().0 - before
     }
 
     /// The loopback address it listens on, for when it does not say.
@@ -495,25 +482,11 @@ impl Server {
         Self::start_with(options, |options| program_after(setup, options))
     }
 
-    /// With descriptors for so many clients, and no more.
-    pub fn start_with_descriptors_for(clients: usize) -> Self {
-        // How many it needs itself depends on who else has the name by which probes without options ask.
-        let mut enough = 100;
-        loop {
-            let limit = enough;
-            let server = Self::start_after(&format!("ulimit -n {limit}"), &CALM);
-            enough = server.descriptor_limit_that_leaves(clients);
-            if enough == limit {
-                return server;
-            }
-        }
-    }
-
     fn start_with(options: &[&str], command: impl Fn(&[&str]) -> Command) -> Self {
         let port = Port::reserve();
         let number = port.number().to_string();
-        let server = Self::of(Process::spawn(command(&[&["--tcp-port", &number], options].concat())));
-        Self { _port: Some(port), ..server }
+        let process = Process::spawn(command(&[&["--tcp-port", &number], options].concat()));
+        Self { _port: Some(port), ..Self::of(process) }
     }
 
     /// A program that is about to say where it serves.
@@ -543,6 +516,30 @@ impl Server {
         Client::connect(self.loopback())
     }
 
+    /// So many clients that are connected, and then have each sent `text`.
+    pub fn clients(&self, count: usize, text: &str) -> Vec<Client> {
+        raise_descriptor_limit();
+        let mut clients: Vec<Client> = (0..count).map(|_| self.connect()).collect();
+        clients.iter_mut().for_each(|client| client.send(text));
+        clients
+    }
+
+    /// A client that has sent `text`, all of which the server has read.
+    pub fn client_in(&self, text: &str) -> Client {
+        let mut client = self.connect();
+        client.send(text);
+        client.is_taken();
+        client
+    }
+
+    /// A client that can take a few kilobytes only before it has read them.
+    pub fn connect_with_small_window(&self) -> Client {
+        let socket = stream_socket();
+        sockopt::set_socket_recv_buffer_size(&socket, 4096).unwrap();
+        rustix::net::connect(&socket, &self.loopback()).unwrap();
+        Client::of(TcpStream::from(socket))
+    }
+
     /// Sends these bytes on a connection of their own, which must be echoed and then closed.
     pub fn echo(&self, bytes: impl AsRef<[u8]>) -> u16 {
         let mut client = self.connect();
@@ -554,16 +551,12 @@ impl Server {
 
     /// Nobody is let in any more, and at once.
     pub fn refuses(&self) {
-        refuses(self.loopback());
+        eventually(ms(1500), "a new connection is refused", || {
+            // One that comes in between two steps of the end gets no answer for a second.
+            let attempt = TcpStream::connect_timeout(&self.loopback(), ms(100));
+            attempt.is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
+        });
     }
-}
-
-/// Nobody is let in at an address any more, and at once.
-pub fn refuses(address: SocketAddr) {
-    eventually(ms(1500), "a new connection is refused", || {
-        // One that comes in between two steps of the end gets no answer for a second.
-        TcpStream::connect_timeout(&address, ms(100)).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
-    });
 }
 
 /// The answer of `--health` for the server at a port of this machine.
@@ -601,7 +594,7 @@ pub struct Transcript(Arc<(Mutex<Reading>, Condvar)>);
 #[derive(Default)]
 struct Reading {
     lines: Vec<String>,
-    /// What came after the last newline.
+    /// What came after the last newline, at the end.
     partial: Vec<u8>,
     paused: bool,
     ended: bool,
@@ -615,27 +608,22 @@ impl Transcript {
     }
 
     /// As `of`, but nothing is read before it is told to resume.
-    pub fn of_paused(mut source: impl Read + Send + 'static) -> Self {
+    pub fn of_paused(source: impl Read + Send + 'static) -> Self {
         let transcript = Self::default();
         transcript.pause();
-        let reader = transcript.clone();
+        let (reader, mut source) = (transcript.clone(), BufReader::with_capacity(4096, source));
         thread::spawn(move || {
-            let mut chunk = [0; 4096];
-            let mut length = 1;
-            while length > 0 {
-                drop(reader.wait_while(PATIENCE * 100, |reading| reading.paused));
-                length = source.read(&mut chunk).unwrap_or(0);
+            while !reader.wait_while(PATIENCE * 100, |reading| reading.paused).ended {
+                let mut line = Vec::new();
+                let _ = source.read_until(b'\n', &mut line); // a failure is the end
                 let mut reading = reader.lock();
-                for part in chunk[..length].split_inclusive(|&byte| byte == b'\n') {
-                    reading.partial.extend(part);
-                    if let Some(line) = reading.partial.strip_suffix(b"\n") {
-                        let line = String::from_utf8(line.into());
-                        reading.lines.push(line.unwrap_or_else(|e| format!("not UTF-8: {e}")));
-                        reading.partial.clear();
-                    }
+                match line.strip_suffix(b"\n").map(|line| String::from_utf8(line.into())) {
+                    Some(line) => reading.lines.push(line.unwrap_or_else(|e| format!("not UTF-8: {e}"))),
+                    None => (reading.partial, reading.ended) = (line, true),
                 }
-                reading.ended = length == 0;
-                reader.0.1.notify_all();
+                if !source.buffer().contains(&b'\n') {
+                    reader.0.1.notify_all();
+                }
             }
         });
         transcript
@@ -686,7 +674,7 @@ impl Transcript {
         reading.lines.clone()
     }
 
-    /// Stops reading (after at most one more chunk), so that the pipe fills up.
+    /// Stops reading (after at most one more chunk or line), so that the pipe fills up.
     pub fn pause(&self) {
         self.lock().paused = true;
     }
@@ -721,6 +709,21 @@ pub fn terminal() -> (File, OwnedFd) {
     tcsetattr(&program_end, OptionalActions::Now, &modes).unwrap();
     (File::from(screen), program_end)
 }
+
+/// An output of each kind: what it is, its end to read, and its end for a program.
+pub fn outputs() -> [Output; 3] {
+    let (screen, terminal) = terminal();
+    let (reader, pipe) = io::pipe().unwrap();
+    let (peer, socket) = UnixStream::pair().unwrap();
+    sockopt::set_socket_send_buffer_size(&socket, 32 << 10).unwrap();
+    [
+        ("a terminal", Box::new(screen), terminal),
+        ("a pipe", Box::new(reader), pipe.into()),
+        ("a socket", Box::new(peer), socket.into()),
+    ]
+}
+
+pub type Output = (&'static str, Box<dyn Read + Send>, OwnedFd);
 
 /// What the observer printed.
 pub fn observed(lines: &[String]) -> Vec<&str> {
@@ -765,15 +768,7 @@ impl Client {
         Self::of(TcpStream::connect(address).unwrap_or_else(|e| panic!("connect to {address}: {e}")))
     }
 
-    /// A client that can take a few kilobytes only before it has read them.
-    pub fn with_small_window(address: SocketAddr) -> Self {
-        let socket = stream_socket();
-        sockopt::set_socket_recv_buffer_size(&socket, 4096).unwrap();
-        rustix::net::connect(&socket, &address).unwrap();
-        Self::of(TcpStream::from(socket))
-    }
-
-    pub fn of(socket: TcpStream) -> Self {
+    fn of(socket: TcpStream) -> Self {
         socket.set_nodelay(true).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
         socket.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -788,33 +783,17 @@ impl Client {
         self.0.write_all(bytes.as_ref()).expect("the server takes what is sent");
     }
 
-    /// Sends a byte as urgent.
-    pub fn send_urgent(&mut self, byte: u8) {
-        assert_eq!(rustix::net::send(&self.0, &[byte], SendFlags::OOB), Ok(1));
-    }
-
     /// Waits until so many bytes are there to be read, and leaves them there.
-    pub fn wait_for_bytes(&self, count: u64) {
-        eventually(PATIENCE, "the bytes are there", || self.bytes_there() >= count);
-    }
-
-    /// The number of bytes that are there to be read.
-    pub fn bytes_there(&self) -> u64 {
-        rustix::io::ioctl_fionread(&self.0).unwrap()
-    }
-
-    /// Reads so many bytes at the most that are there, without waiting for any.
-    pub fn take(&mut self, most: usize) -> Vec<u8> {
-        let mut bytes = vec![0; most.min(self.bytes_there() as usize)];
-        self.0.read_exact(&mut bytes).unwrap();
-        bytes
+    pub fn wait_for_bytes(&self, count: usize) {
+        let are_there = || rustix::io::ioctl_fionread(&self.0).unwrap() >= count as u64;
+        eventually(PATIENCE, "the bytes are there", are_there);
     }
 
     /// Waits until the server has accepted this client and read all that it has sent.
     pub fn is_taken(&self) {
         let port = format!(":{:04X} ", self.port());
         eventually(PATIENCE, "the server reads what was sent", || {
-            // The thread's own, as it may be in a network of its own. State 01 is ESTABLISHED, inode 0 the backlog.
+            // The thread may be in a network of its own. State 01 is ESTABLISHED, inode 0 the backlog.
             find_socket(Path::new("/proc/thread-self/net/tcp"), &port, |field| {
                 let ours = field[2].ends_with(port.trim_end()) && field[9] != "0";
                 ours.then(|| field[3] == "01" && field[4].ends_with(":00000000"))
@@ -824,11 +803,9 @@ impl Client {
 
     /// Sends nothing more.
     pub fn finish(&self) {
-        match self.0.shutdown(Shutdown::Write) {
-            // The server may have closed already: it wants no more than a whole line, and no more lines when it stops.
-            Err(e) if e.kind() != ErrorKind::NotConnected => panic!("shutdown: {e}"),
-            _ => {}
-        }
+        // The server may have closed already, as it had a whole line, or stops.
+        let refused = self.0.shutdown(Shutdown::Write).err().filter(|e| e.kind() != ErrorKind::NotConnected);
+        assert!(refused.is_none(), "shutdown: {refused:?}");
     }
 
     /// The next bytes must be these.
@@ -836,15 +813,6 @@ impl Client {
         let mut got = vec![0; bytes.as_ref().len()];
         self.0.read_exact(&mut got).expect("the server echoes");
         assert_eq!(String::from_utf8_lossy(&got), String::from_utf8_lossy(bytes.as_ref()));
-    }
-
-    /// Whether the next bytes are these; they are not if the connection ends before.
-    pub fn gets(&mut self, bytes: &str) -> bool {
-        let mut got = vec![0; bytes.len()];
-        match self.0.read_exact(&mut got) {
-            Err(e) if e.kind() == ErrorKind::WouldBlock => panic!("nothing comes in {PATIENCE:?}"),
-            result => result.is_ok() && got == bytes.as_bytes(),
-        }
     }
 
     /// Everything until the server closes the connection in good order.
@@ -881,15 +849,13 @@ pub struct Flood {
     client: Client,
     pub port: u16,
     reads: bool,
-    /// Lines begun.
+    /// All lines begun, how many they are, and how many of their bytes are sent and have come back.
+    text: Vec<u8>,
     pub lines: usize,
-    /// What is left of the line begun last.
-    unsent: Vec<u8>,
+    sent: usize,
+    received: usize,
     /// Lines whose echo has come.
     pub echoed: usize,
-    /// What the server has not echoed yet.
-    awaited: VecDeque<u8>,
-    has_finished: bool,
     pub ended: bool,
 }
 
@@ -898,9 +864,8 @@ impl Flood {
         client.0.set_nonblocking(true).unwrap();
         // Left alone, the kernel holds megabytes of what is sent to a server that takes no more.
         sockopt::set_socket_send_buffer_size(&client.0, 64 << 10).unwrap();
-        let (port, unsent, awaited) = (client.port(), vec![], VecDeque::new());
-        let (lines, echoed, has_finished, ended) = (0, 0, false, false);
-        Self { client, port, reads, lines, unsent, echoed, awaited, has_finished, ended }
+        let (port, text, ended) = (client.port(), vec![], false);
+        Self { client, port, reads, text, lines: 0, sent: 0, received: 0, echoed: 0, ended }
     }
 
     /// What the line of this number says.
@@ -910,69 +875,56 @@ impl Flood {
 
     /// Sends and receives what goes without waiting; answers whether anything went.
     pub fn pump(&mut self, begin_lines: bool) -> bool {
-        if self.unsent.is_empty() && begin_lines {
-            self.unsent = (self.line(self.lines) + "\n").into();
-            self.awaited.extend(self.unsent.iter().filter(|_| self.reads));
+        if self.sent == self.text.len() && begin_lines {
+            self.text.extend((self.line(self.lines) + "\n").into_bytes());
             self.lines += 1;
         }
-        let mut sent = 0;
-        if !self.ended && !self.unsent.is_empty() {
-            let written = self.client.0.write(&self.unsent);
-            sent = self.went(written);
-            self.unsent.drain(..sent);
+        let before = (self.sent, self.received);
+        if self.sent < self.text.len() && !self.ended {
+            self.sent += self.went((&self.client.0).write(&self.text[self.sent..]));
         }
-        let (mut chunk, mut received) = ([0; 16384], 0);
         if self.reads {
-            let read = self.client.0.read(&mut chunk);
+            let mut chunk = [0; 16384];
+            let read = (&self.client.0).read(&mut chunk);
             self.ended |= matches!(read, Ok(0));
-            received = self.went(read);
+            let echo = &chunk[..self.went(read)];
+            let awaited = &self.text[self.received..self.sent];
+            assert!(awaited.starts_with(echo), "{:?}, not {:?}", echo.escape_ascii(), awaited.escape_ascii());
+            self.received += echo.len();
+            self.echoed += echo.iter().filter(|&&byte| byte == b'\n').count();
         }
-        let echo = &chunk[..received];
-        let awaited: Vec<u8> = self.awaited.drain(..received).collect();
-        assert!(echo == awaited, "{:?}, not {:?}", echo.escape_ascii(), awaited.escape_ascii());
-        self.echoed += echo.iter().filter(|&&byte| byte == b'\n').count();
-        sent + received > 0
+        (self.sent, self.received) != before
     }
 
     /// How many bytes went; any error but "not now" ends the flood.
     fn went(&mut self, result: io::Result<usize>) -> usize {
-        result.unwrap_or_else(|e| {
-            self.ended |= e.kind() != ErrorKind::WouldBlock;
-            0
-        })
+        self.ended |= result.as_ref().is_err_and(|e| e.kind() != ErrorKind::WouldBlock);
+        result.unwrap_or(0)
     }
 
     /// Sends and receives until every flood is at a standstill for so long.
     pub fn pump_until_stalled(floods: &mut [Self], standstill: Duration) {
-        let start = Instant::now();
-        let mut last = start;
-        while last.elapsed() < standstill {
-            if floods.iter_mut().fold(false, |any, flood| any | flood.pump(true)) {
+        let mut last = Instant::now();
+        eventually(PATIENCE, "the server takes no more", || {
+            let mut pump_all = || floods.iter_mut().fold(false, |any, flood| any | flood.pump(true));
+            if (0..500).take_while(|_| pump_all()).count() > 0 {
                 last = Instant::now();
-            } else {
-                thread::sleep(ms(5));
             }
-            assert!(start.elapsed() < PATIENCE, "nothing ever slows the clients down");
-        }
+            last.elapsed() >= standstill
+        });
     }
 
     /// Completes the line begun last, ends the sending side, and takes the echo of all.
     pub fn complete(floods: &mut [Self]) {
-        let start = Instant::now();
-        while !floods.iter().all(|flood| flood.ended) {
-            let mut any = false;
+        eventually(PATIENCE, "the floods come to an end", || {
             for flood in &mut *floods {
-                any |= flood.pump(false);
-                if flood.unsent.is_empty() && !flood.has_finished && !flood.ended {
+                while flood.pump(false) {}
+                if flood.sent == flood.text.len() {
                     flood.client.finish();
-                    flood.has_finished = true;
                 }
             }
-            if !any {
-                thread::sleep(ms(1));
-            }
-            assert!(start.elapsed() < PATIENCE, "the floods do not come to an end");
-        }
+            floods.iter().all(|flood| flood.ended)
+        });
     }
 }
 
