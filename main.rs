@@ -7,7 +7,7 @@
 //!
 //! Read from the top, this file follows one line on its way: the program and its pipeline, the operators,
 //! the command, the server, a connection, the output; then what every program has: text, waiting, options,
-//! the health check. What is `pub` is for the tests, which include this file as a module.
+//! the health check. Outside the inner modules, what is `pub` is for the tests, which include this file.
 //!
 //! Text is put together by `concat` and never by `format!`, which costs 3 kB.
 
@@ -79,12 +79,13 @@ fn main() -> ! {
 }
 
 /// How long a stderr that nobody reads may hold up the end.
-const MOMENT: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+const MOMENT: Duration = Duration::from_millis(100);
 
 /// Ends the process: with 0, or after an error message with `status_if_failed`.
 fn exit_with(outcome: Result<(), String>, status_if_failed: i32) -> ! {
     if let Err(message) = outcome {
-        if let Ok(1..) = poll(&mut [PollFd::new(&stderr(), PollFlags::OUT)], Some(&MOMENT)) {
+        let limit = Timespec::try_from(MOMENT).ok();
+        if let Ok(1..) = poll(&mut [PollFd::new(&stderr(), PollFlags::OUT)], limit.as_ref()) {
             let _ = rustix::io::write(stderr(), ["smolrx: ", &message, "\n"].concat().as_bytes());
         }
         exit(status_if_failed)
@@ -109,9 +110,8 @@ fn serve(options: Options) -> Result<(), String> {
     let signals = signal_source(&handled).map_err(|error| cannot(&["wait for signals"], errno(error)))?;
 
     // Tasks borrow the server for as long as the process lives.
-    let mut server = Box::new(Server::new(options));
+    let server = Box::leak(Box::new(Server::new(options)));
     let args = strings(std::mem::take(&mut server.options.command));
-    let server = Box::leak(server);
     if !args.is_empty() {
         let command = Command::new(args, original_mask, limit);
         server.command = Some(command.map_err(|error| cannot(&["read /proc/self/environ"], error))?);
@@ -119,6 +119,7 @@ fn serve(options: Options) -> Result<(), String> {
     let server: &'static Server = server;
     server.stdout.start(stdout(), Some(&server.stderr));
     server.stderr.start(stderr(), None);
+    output::end_with_reader(stdout());
     server.warn_of_starvation();
     let probes = server.answer_probes(&decimal(bound.port().into()));
     server.spawn(server.handle_signals(signals)).detach();
@@ -144,7 +145,8 @@ const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 /// It goes on until the server has served its last client and nothing is pending; then the process ends.
 async fn observe(server: &'static Server) {
     let Options { interval, debounce, max_wait, .. } = server.options;
-    // Without an interval, the first tick is a century away. `or` ends with the lines: the clock never does.
+    // Without an interval, the first tick is a century away. `or` ends when its second stream does: the lines
+    // end, the clock never does.
     let (delay, period) = interval.map_or((CENTURY, CENTURY), |period| (Duration::ZERO, period));
     let items = timer(Realtime, delay, period).map(Event::Tick).or(server.lines.observe().map(Event::Line));
     let events = items.debounce(Realtime, debounce, max_wait, Event::reduce);
@@ -185,7 +187,17 @@ impl Server {
         self.stdout.ready().await;
         self.log(&["Observing ", &text]);
         match &self.command {
-            Some(command) => self.run(command, &text).await,
+            Some(command) => {
+                // The command's output comes behind that line, unless stdout is stalled.
+                // The command's output comes behind that line, unless stdout is stalled.
+                for _ in 0..100 {
+                    if self.stdout.is_written() {
+                        break;
+                    }
+                    Timer::after(output::PAUSE).await;
+                }
+                self.run(command, &text).await
+            }
             None if self.options.quiet => self.stdout.push_line(&[&text]),
             None => {}
         }
@@ -241,8 +253,8 @@ pub mod rx {
         }
     }
 
-    /// A hot subject with one observer. Rx's calls it at once; here a task polls later, and finds only the
-    /// latest item: debounce would drop the others of the same turn anyway.
+    /// A hot subject with one observer. An Rx subject calls its observer at once; here a task polls later and
+    /// finds only the latest item. Debounce would drop the others of the same turn anyway.
     #[derive(Default)]
     pub struct Subject<T> {
         latest: Cell<Option<T>>,
@@ -298,8 +310,8 @@ pub mod rx {
         })
     }
 
-    /// The operators of Rx that futures-lite lacks. One that an option can turn off takes an `Option`, as
-    /// `max_wait`. A new one may be one line:
+    /// The operators of Rx that futures-lite lacks. One that can be turned off takes an `Option`, as
+    /// `max_wait` is. A new one may be one line:
     ///
     /// ```text
     /// fn start_with(self, item: Self::Item) -> impl Stream<Item = Self::Item> {
@@ -308,7 +320,7 @@ pub mod rx {
     /// ```
     pub trait RxExt: Stream + Sized {
         /// Emits what `reduce` makes of a burst once a `window` of silence follows it, or once it has lasted
-        /// for `max_wait`. Rx's own keeps the last item: `|_, later| later`:
+        /// for `max_wait`. Rx's own debounce keeps the last item, as `|_, later| later` does:
         ///
         /// ```text
         /// source              1-2---3-4-5-6-7----|
@@ -316,8 +328,8 @@ pub mod rx {
         /// debounce(3, 5)      -----2-----5-----7-|
         /// ```
         ///
-        /// When the source ends, the item that is pending comes at once (RxPY's `debounce`). Rx has no
-        /// `max_wait`; it is the `maxWait` of lodash's `debounce`.
+        /// When the source ends, the item that is pending comes at once, as in RxPY. `max_wait` is not Rx's:
+        /// it comes from lodash's `debounce`.
         fn debounce<S: Scheduler>(
             self,
             scheduler: S,
@@ -362,9 +374,9 @@ pub mod rx {
             })
         }
 
-        /// As futures-lite's `then`, one future at a time; but the source goes on meanwhile, and `reduce`
-        /// makes one item of what comes. Rx: `onBackpressureLatest`, then `concatMap`. With futures that take
-        /// three:
+        /// Like futures-lite's `then`, it runs one future at a time; but the source goes on meanwhile, and
+        /// `reduce` makes one item of what comes. Rx: `onBackpressureLatest`, then `concatMap`. With futures
+        /// that take three:
         ///
         /// ```text
         /// source                  abc-----d-|
@@ -421,7 +433,8 @@ struct Command {
     variables: Vec<&'static CStr>,
     original_mask: SigSet,
     original_limit: Rlimit,
-    /// Two low descriptors, freed while a run starts: clients may hold all others below the original limit.
+    /// Two descriptors below the original limit, freed for `posix_spawn` (musl's opens a pipe): clients may
+    /// hold all others there.
     reserve: Cell<Option<(OwnedFd, OwnedFd)>>,
     /// The run that is under way, and how the last one ended.
     pid: Cell<Option<Pid>>,
@@ -485,10 +498,9 @@ impl Command {
     }
 
     fn ended(&self, status: Option<WaitStatus>) {
-        if self.pid.take().is_some() {
-            self.status.set(status);
-            self.end.wake_all();
-        }
+        self.pid.set(None);
+        self.status.set(status);
+        self.end.wake_all();
     }
 }
 
@@ -523,7 +535,7 @@ impl Server {
                 }
                 _ => return,
             }
-            // No event is run any more.
+            // No further event is run.
             return future::pending().await;
         }
         while command.pid.get().is_some() {
@@ -544,18 +556,17 @@ impl Server {
     /// Takes note of each child that has ended: the command, and as process 1 whatever others have left
     /// behind.
     fn reap(&self) {
-        let run = self.command.as_ref().and_then(|command| Some((command, command.pid.get()?)));
+        let run = || self.command.as_ref().and_then(|command| Some((command, command.pid.get()?)));
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-            if let Some((command, _)) = run.filter(|(_, of_run)| *of_run == pid) {
+            if let Some((command, _)) = run().filter(|(_, of_run)| *of_run == pid) {
                 command.ended(Some(status));
             }
         }
         // Where SIGCHLD was ignored, the run is gone without a status, though other children may be alive.
-        if let Some((command, pid)) = run {
-            match waitpid(Some(pid), WaitOptions::NOHANG) {
-                Ok(None) => {}
-                gone => command.ended(gone.ok().flatten().map(|(_, status)| status)),
-            }
+        if let Some((command, pid)) = run()
+            && waitpid(Some(pid), WaitOptions::NOHANG).is_err()
+        {
+            command.ended(None);
         }
     }
 }
@@ -580,7 +591,8 @@ const SAME_SIGNAL: Duration = Duration::from_millis(100);
 /// slow client's progress shows only every few seconds.
 const SEND_BUFFER: usize = 128 * 1024;
 
-/// What all tasks share. They run on one thread, so cells do where locks would cost.
+/// What all tasks share. They run on one thread, so cells do where locks would cost; only `Output` shares
+/// with other threads.
 #[derive(Default)]
 pub struct Server {
     options: Options,
@@ -637,7 +649,7 @@ impl Server {
 
     /// Stops at the first signal; the second one is the end.
     async fn handle_signals(&self, signals: Async<SignalFd>) {
-        self.reap(); // children of a shell, say, that has become this program
+        self.reap(); // a shell that has become this program may have left children
         loop {
             match signals.get_ref().read_signal() {
                 Ok(Some(signal)) if signal.ssi_signo == SIGCHLD as u32 => self.reap(),
@@ -768,7 +780,7 @@ fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
 }
 
 /// Blocks the signals that the server handles, which it reads from a descriptor. Returns these, and what was
-/// blocked before. To be called before the first thread is started: threads inherit what is blocked.
+/// blocked before. Call it before the first thread is started: threads inherit what is blocked.
 fn block_signals() -> (SigSet, SigSet) {
     let mut handled = SigSet::from_iter([SIGINT, SIGTERM, SIGCHLD]);
     // A terminal that closes ends its processes by SIGHUP, but not process 1 of a container.
@@ -813,7 +825,7 @@ struct Connection<'a> {
     /// How many bytes at its start are to be echoed, and how many of these have been.
     to_echo: usize,
     echoed: usize,
-    /// The client takes no echo any more; what it has sent counts all the same.
+    /// The client no longer takes an echo; what it has sent still counts.
     echo_failed: bool,
     /// There may be bytes to read right now.
     is_readable: bool,
@@ -827,7 +839,7 @@ struct Connection<'a> {
 /// Why a connection ends early.
 enum Failure {
     Io,
-    TimedOut,
+    TimeIsOver,
 }
 
 impl Connection<'_> {
@@ -845,20 +857,21 @@ impl Connection<'_> {
     /// may come: then a plain close could cost the client its echo.
     async fn serve(&mut self) -> Result<bool, Failure> {
         let server = self.server;
-        // The middle of an entry in the transcript, "Received ... Send: ...", made at the first line.
+        // What is printed between the two copies of a line, " from ...\nSend: ": made at the first line.
         let mut between = String::new();
         // Bytes of the unfinished line that hold no newline.
         let mut searched = 0;
         let mut has_ended = false;
         loop {
             let rest = &self.buffer[self.to_echo..];
+            // What a client that broke off has left unfinished is no line.
             match first_line(rest, searched, has_ended && !self.echo_failed, server.options.max_line) {
                 Line::Whole(_) if !server.stdout.is_ready() => {
                     self.echo().await?;
                     server.stdout.ready().await;
                 }
-                // No lines are taken any more: what is not echoed has not been received.
-                Line::Whole(_) if server.lines.is_completed() => return Err(Failure::TimedOut),
+                // Lines are no longer taken: what is not echoed has not been received.
+                Line::Whole(_) if server.lines.is_completed() => return Err(Failure::TimeIsOver),
                 Line::Whole(length) if is_http_request(&rest[..length]) => {
                     // A browser, say, is answered in its own words.
                     let who = address_text(*self.peer);
@@ -889,7 +902,7 @@ impl Connection<'_> {
                     searched = self.buffer.len();
                     match self.read().await {
                         Ok(count) => has_ended = count == 0,
-                        Err(Failure::TimedOut) => break,
+                        Err(Failure::TimeIsOver) => break,
                         Err(failure) => return Err(failure),
                     }
                 }
@@ -939,7 +952,7 @@ impl Connection<'_> {
     /// may cost the client the end of its echo: so only the sending side is shut down, and for a while what
     /// comes is discarded (a lingering close).
     async fn close(&mut self) {
-        let has_unread = !self.buffer.is_empty() || (self.is_readable && matches!(self.try_read(), Ok(1..)));
+        let has_unread = !self.buffer.is_empty() || matches!(self.try_read(), Ok(1..));
         let leaves_at_once = if has_unread { 0 } else { LEAVES_AT_ONCE };
         if self.bytes_queued > leaves_at_once {
             let _ = net::shutdown(self.socket, Shutdown::Write);
@@ -964,7 +977,7 @@ impl Connection<'_> {
             match attempt(self) {
                 Ok(count) => return Ok(count),
                 Err(Errno::AGAIN | Errno::INTR) if in_time => {}
-                Err(Errno::AGAIN | Errno::INTR) => return Err(Failure::TimedOut),
+                Err(Errno::AGAIN | Errno::INTR) => return Err(Failure::TimeIsOver),
                 Err(_) => return Err(Failure::Io),
             }
             in_time = poll_fn(|cx| self.poll_client(cx, &mut start)).await;
@@ -1067,8 +1080,8 @@ fn is_http_request(line: &[u8]) -> bool {
 // ---------------------------------------------------------------- the output
 
 mod output {
-    //! The way to stdout, and to stderr. Tasks add lines to a text; a thread of its own takes all that has
-    //! gathered and writes it, and blocks as it likes. Many lines cost a few system calls, and a lone line
+    //! The way to stdout, and to stderr. Tasks add lines to a text; each output has a thread, which takes all
+    //! that has gathered and writes it, and may block. Many lines cost few system calls, and a lone line
     //! still appears at once.
 
     use std::mem;
@@ -1082,16 +1095,16 @@ mod output {
     use rustix::pipe::PIPE_BUF;
 
     use super::text::cannot;
-    use super::{CENTURY, Waiters, exit, exit_with, poll_fn};
+    use super::{CENTURY, MOMENT, Waiters, exit, poll_fn};
 
-    /// From so many bytes of text on, producers wait.
+    /// Producers wait once this many bytes of text have gathered.
     const HIGH_WATER_MARK: usize = 64 * 1024;
-    /// After a write, the thread waits until so many bytes have gathered, or for a pause: under load, waking
-    /// it for each line would cost more than the line.
+    /// After a write, the thread waits until this many bytes have gathered, or for a pause: under load,
+    /// waking it for each line would cost more than the line.
     const MANY: usize = HIGH_WATER_MARK / 2;
-    const PAUSE: Duration = Duration::from_millis(1);
-    /// How many pauses the end waits for stderr, which nobody may read.
-    const LAST_PAUSES: usize = 100;
+    pub const PAUSE: Duration = Duration::from_millis(1);
+    /// The exit code of a process that SIGPIPE has ended, as a shell reports it.
+    const BROKEN_PIPE: i32 = 128 + 13;
 
     #[derive(Default)]
     pub struct Output {
@@ -1103,7 +1116,7 @@ mod output {
     #[derive(Default)]
     struct Queue {
         text: String,
-        /// How many bytes of text the thread waits for, if it does.
+        /// How many bytes of text the thread waits for, if it does wait.
         awaited: Option<usize>,
         /// The status with which the process ends once all is written.
         status: Option<i32>,
@@ -1116,7 +1129,7 @@ mod output {
             self.text.len() < HIGH_WATER_MARK
         }
 
-        /// Whether so many bytes have gathered, or no more will.
+        /// Whether this many bytes have gathered, or no more will.
         fn has(&self, bytes: usize) -> bool {
             self.text.len() >= bytes || self.status.is_some()
         }
@@ -1151,6 +1164,11 @@ mod output {
             .await
         }
 
+        pub fn is_written(&self) -> bool {
+            let queue = self.lock();
+            queue.text.is_empty() && queue.awaited.is_some()
+        }
+
         fn lock(&self) -> MutexGuard<'_, Queue> {
             self.queue.lock().unwrap()
         }
@@ -1162,45 +1180,37 @@ mod output {
             }
         }
 
-        /// Starts the thread that writes to the stream. That of stdout, which is given stderr's output, ends
-        /// the process.
+        /// Starts the thread that writes to a stream. That of stdout ends the process, and is given stderr,
+        /// which has the last word.
         pub fn start(&'static self, stream: BorrowedFd<'static>, errors: Option<&'static Output>) {
-            thread::spawn(move || self.write_to(stream, errors));
-            if errors.is_some() {
-                thread::spawn(move || {
-                    // Its reader is gone (a pipe's, or a terminal): the end, as by SIGPIPE.
-                    while poll(&mut [PollFd::new(&stream, PollFlags::empty())], None).is_err() {}
-                    exit(128 + 13)
-                });
-            }
+            thread::spawn(move || {
+                let mut text = String::new();
+                loop {
+                    self.wait_for(1, CENTURY);
+                    text = self.take(text);
+                    if text.is_empty() {
+                        end(self.lock().status.unwrap_or(0), errors);
+                    }
+                    match (write_all(stream, text.as_bytes()), errors) {
+                        (Err(Errno::PIPE), Some(_)) => exit(BROKEN_PIPE),
+                        (Err(error), Some(errors)) => {
+                            errors.push_line(&["smolrx: ", &cannot(&["write to stdout"], error)]);
+                            end(1, Some(errors));
+                        }
+                        _ => {}
+                    }
+                    // Its memory is for the next turn, unless this text was unusually long.
+                    text.clear();
+                    text.shrink_to(2 * HIGH_WATER_MARK);
+                    self.wait_for(MANY, PAUSE);
+                }
+            });
         }
 
-        fn write_to(&self, stream: BorrowedFd, errors: Option<&Output>) {
-            let mut text = String::new();
-            loop {
-                self.wait_for(1, CENTURY);
-                text = self.take(text);
-                if text.is_empty() {
-                    let are_written = || errors.is_none_or(|errors| errors.lock().awaited == Some(1));
-                    (0..LAST_PAUSES).take_while(|_| !are_written()).for_each(|_| thread::sleep(PAUSE));
-                    exit(self.lock().status.unwrap_or(0))
-                }
-                match (write_all(stream, text.as_bytes()), errors) {
-                    (Err(Errno::PIPE), Some(_)) => exit(128 + 13),
-                    (Err(error), Some(_)) => exit_with(Err(cannot(&["write to stdout"], error)), 1),
-                    _ => {}
-                }
-                // Its memory is for the next turn, unless this text was unusually long.
-                text.clear();
-                text.shrink_to(2 * HIGH_WATER_MARK);
-                self.wait_for(MANY, PAUSE);
-            }
-        }
-
-        /// Waits until so many bytes have gathered, but no longer than a limit, nor if the output is closed.
+        /// Waits until this many bytes have gathered, the limit is over, or the output is closed.
         fn wait_for(&self, bytes: usize, limit: Duration) {
             let waits = |queue: &mut Queue| {
-                queue.awaited = (!queue.has(bytes)).then_some(bytes);
+                queue.awaited = (!queue.has(bytes)).then_some(bytes); // for `wake`
                 queue.awaited.is_some()
             };
             let _ = self.changed.wait_timeout_while(self.lock(), limit, waits);
@@ -1212,6 +1222,25 @@ mod output {
             queue.producers.wake_all();
             mem::replace(&mut queue.text, empty)
         }
+    }
+
+    /// Ends the process: by the thread of stderr, once all is written there; if nobody reads that, in a
+    /// moment.
+    fn end(status: i32, errors: Option<&Output>) {
+        if let Some(errors) = errors {
+            errors.close(status);
+            thread::sleep(MOMENT);
+        }
+        exit(status)
+    }
+
+    /// Ends the process, as SIGPIPE would, once a stream's reader is gone (a pipe's, or a terminal).
+    pub fn end_with_reader(stream: BorrowedFd<'static>) {
+        thread::spawn(move || {
+            // Asked for no event, `poll` reports errors and a hang-up alone.
+            while poll(&mut [PollFd::new(&stream, PollFlags::empty())], None).is_err() {}
+            exit(BROKEN_PIPE)
+        });
     }
 
     fn write_all(stream: BorrowedFd, mut text: &[u8]) -> Result<(), Errno> {
@@ -1550,23 +1579,22 @@ impl Default for Options {
 }
 
 impl Invocation {
-    /// The error names the option, and the value as it was typed.
+    /// Parses the command line. An error names the option, and the value as it was typed.
     pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Invocation, String> {
         let mut options = Options::default();
-        let (mut debounce, mut health, mut has_address, mut print) = (None, false, false, None);
+        let (mut debounce, mut health, mut has_port, mut print) = (None, false, false, None);
         let mut args = Arguments { rest: args, name: String::new(), value: None };
         while args.advance() {
             match &*args.name {
                 "--tcp-port" => {
                     options.address.set_port(args.number("a whole number from ", 0, 65_535)? as u16);
-                    has_address = true;
+                    has_port = true;
                 }
                 "--bind" => {
                     let typed = args.value()?;
                     let ip = typed.strip_prefix('[').and_then(|ip| ip.strip_suffix(']')).unwrap_or(&typed);
                     let ip = ip.parse().map_err(|_| args.invalid_value("an IPv4 or IPv6 address", &typed))?;
                     options.address.set_ip(ip);
-                    has_address = true;
                 }
                 "--interval" => {
                     let period = args.number("0 or a whole number of milliseconds from ", 10, u32::MAX)?;
@@ -1605,7 +1633,7 @@ impl Invocation {
             }
         }
         if health {
-            let name = if has_address { decimal(options.address.port().into()) } else { String::new() };
+            let name = if has_port { decimal(options.address.port().into()) } else { String::new() };
             return Ok(Invocation::Health(options.address, name));
         }
         let default = options.interval.map_or(Duration::from_secs(1), |interval| interval / 10);
@@ -1677,7 +1705,7 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
 }
 
 // ---------------------------------------------------------------- the health check
-// `--health` asks a running server through a Unix socket, and where that can't be through TCP.
+// `--health` asks a running server through a Unix socket and, where that can't be, through TCP.
 
 /// An abstract Unix socket. A server answers by two names: its port, and, if it is the first one in its
 /// network namespace, the empty name.
