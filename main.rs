@@ -63,10 +63,16 @@ compile_error!("smolrx runs on Linux; elsewhere, run its container image");
 static ALLOCATOR: SmallGlobalTlsf = SmallGlobalTlsf::new();
 
 fn main() -> ! {
+    // This comes first: until signals are blocked, one that is sent to process 1 is lost.
+    let (handled, original_mask) = block_signals();
     let mut args = env::args_os();
     args.next(); // its own name
-    let outcome = match Invocation::parse(args) {
-        Ok(Invocation::Serve(options)) => serve(options),
+    let invocation = Invocation::parse(args);
+    if !matches!(invocation, Ok(Invocation::Serve(_))) {
+        let _ = handled.thread_unblock();
+    }
+    let outcome = match invocation {
+        Ok(Invocation::Serve(options)) => serve(options, handled, original_mask),
         Ok(Invocation::Health(address, name)) => probe(address, &name),
         Ok(Invocation::Print(text)) => match rustix::io::write(stdout(), text.as_bytes()) {
             // Whoever closes a pipe has read enough.
@@ -97,9 +103,7 @@ fn exit_with(outcome: Result<(), String>, status_if_failed: i32) -> ! {
 const TASKS_PER_TURN: usize = 200;
 
 /// Serves until the process ends. Returns only why it could not start.
-fn serve(options: Options) -> Result<(), String> {
-    // This comes first: until signals are blocked, one that is sent to process 1 is lost.
-    let (handled, original_mask) = block_signals();
+fn serve(options: Options, handled: SigSet, original_mask: SigSet) -> Result<(), String> {
     // Each connection needs a descriptor. If the limit can't be raised, `accept` reports running out.
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
@@ -471,7 +475,9 @@ impl Command {
         variables.extend(CStr::from_bytes_with_nul(assignment.as_bytes()));
         let name = self.args[0].to_bytes_with_nul();
         let path = variables.iter().find_map(|variable| variable.to_bytes().strip_prefix(b"PATH="));
-        let path = if name.contains(&b'/') { b"" } else { path.unwrap_or(b"/usr/local/bin:/usr/bin:/bin") };
+        let path = path.unwrap_or(b"/usr/local/bin:/usr/bin:/bin");
+        // A name with a slash is a path itself: it is looked for in one place, without a directory before it.
+        let path = if name.contains(&b'/') { b"" } else { path };
         // posix_spawn sets no limits: the command inherits those of this moment.
         let raised = getrlimit(Resource::Nofile);
         drop(self.reserve.take());
@@ -802,8 +808,10 @@ fn signal_source(handled: &SigSet) -> io::Result<Async<SignalFd>> {
 
 // ---------------------------------------------------------------- a connection
 
-/// Bytes that are read at once.
-const CHUNK: usize = 2048;
+/// Bytes that are read at once: with the longest line, by default, and a header, a block of 4 KiB.
+const CHUNK: usize = 2048 - BLOCK_HEADER;
+/// The bytes that the allocator adds to a block.
+const BLOCK_HEADER: usize = 16;
 /// An echo of at most this many bytes leaves at once, unless the client's window is smaller: the connection
 /// may close behind it without lingering.
 const LEAVES_AT_ONCE: usize = 512;
@@ -822,7 +830,7 @@ struct Connection<'a> {
     /// What is to be sent (whole lines, or the HTTP answer), then the other bytes received: at most a line
     /// and a chunk, and the answer.
     buffer: Vec<u8>,
-    /// How many bytes at its start are to be echoed, and how many of these have been.
+    /// How many bytes at the start of `buffer` are to be echoed, and how many of these have been.
     to_echo: usize,
     echoed: usize,
     /// The client no longer takes an echo; what it has sent still counts.
@@ -1034,11 +1042,13 @@ impl Connection<'_> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let (bytes, rest) = rustix::io::read(self.socket, &mut chunk)?;
         self.is_readable = rest.is_empty();
-        // It grows to powers of sixteen, so that few sizes occur and leave few holes in memory, but never
-        // beyond a line and a chunk.
-        let length = self.buffer.len() + bytes.len();
-        let capacity = 16 << ((length | 1).ilog2() & !3);
-        let capacity = capacity.min(self.server.options.max_line + CHUNK);
+        // Its blocks are 256, 4096, 65536 bytes and so on, but never more than a line and a chunk: few sizes, and
+        // such as the allocator has, leave few holes in memory.
+        let mut block = 256;
+        while block - BLOCK_HEADER < self.buffer.len() + bytes.len() {
+            block *= 16;
+        }
+        let capacity = (block - BLOCK_HEADER).min(self.server.options.max_line + CHUNK);
         self.buffer.reserve_exact(capacity - self.buffer.len());
         self.buffer.extend_from_slice(bytes);
         Ok(bytes.len())
@@ -1090,7 +1100,7 @@ mod output {
     use std::thread;
     use std::time::Duration;
 
-    use rustix::event::{PollFd, PollFlags, poll};
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::io::{Errno, write};
     use rustix::pipe::PIPE_BUF;
 
@@ -1192,7 +1202,10 @@ mod output {
                         end(self.lock().status.unwrap_or(0), errors);
                     }
                     match (write_all(stream, text.as_bytes()), errors) {
-                        (Err(Errno::PIPE), Some(_)) => exit(BROKEN_PIPE),
+                        // (A terminal's hang-up is EIO.)
+                        (Err(_), Some(_)) if hangs_up(stream, Some(&Timespec::default())) => {
+                            exit(BROKEN_PIPE)
+                        }
                         (Err(error), Some(errors)) => {
                             errors.push_line(&["smolrx: ", &cannot(&["write to stdout"], error)]);
                             end(1, Some(errors));
@@ -1237,10 +1250,15 @@ mod output {
     /// Ends the process, as SIGPIPE would, once a stream's reader is gone (a pipe's, or a terminal).
     pub fn end_with_reader(stream: BorrowedFd<'static>) {
         thread::spawn(move || {
-            // Asked for no event, `poll` reports errors and a hang-up alone.
-            while poll(&mut [PollFd::new(&stream, PollFlags::empty())], None).is_err() {}
+            while !hangs_up(stream, None) {}
             exit(BROKEN_PIPE)
         });
+    }
+
+    /// Waits until a stream's reader is gone; false if the limit is over.
+    fn hangs_up(stream: BorrowedFd, limit: Option<&Timespec>) -> bool {
+        // Asked for no event, `poll` reports errors and a hang-up alone.
+        matches!(poll(&mut [PollFd::new(&stream, PollFlags::empty())], limit), Ok(1..))
     }
 
     fn write_all(stream: BorrowedFd, mut text: &[u8]) -> Result<(), Errno> {
@@ -1668,7 +1686,7 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
         value.ok_or_else(|| ["option '", &self.name, "' needs a value"].concat())
     }
 
-    /// The value as a number from `min` to `max`, or 0 where the description begins with 0.
+    /// The value as a number from `min` to `max`; or 0, if that is the first thing in the description.
     fn number(&mut self, description: &str, min: u32, max: u32) -> Result<u32, String> {
         let typed = self.value()?;
         let digit = |number: u32, byte| number.checked_mul(10)?.checked_add(char::from(byte).to_digit(10)?);
