@@ -1042,8 +1042,8 @@ impl Connection<'_> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let (bytes, rest) = rustix::io::read(self.socket, &mut chunk)?;
         self.is_readable = rest.is_empty();
-        // Its blocks are 256, 4096, 65536 bytes and so on, but never more than a line and a chunk: few sizes, and
-        // such as the allocator has, leave few holes in memory.
+        // Its blocks are 256, 4096, 65536 bytes and so on, but never more than a line and a chunk: few sizes,
+        // and such as the allocator has, leave few holes in memory.
         let mut block = 256;
         while block - BLOCK_HEADER < self.buffer.len() + bytes.len() {
             block *= 16;
