@@ -29,9 +29,9 @@ const OPTIONS: [(&str, &str); 13] = [
 /// stderr that ends with a hint at `--help`. Returns that line without its beginning and its end.
 #[track_caller]
 fn refusal_of(options: &[impl AsRef<OsStr>]) -> String {
-    let mut command = program(&[]);
+    let mut command = program("");
     command.args(options);
-    let exit = Process::spawn(command).exited(PATIENCE);
+    let exit = run(command);
     let short = |line: &String| line.chars().take(400).collect::<String>();
     let said: Vec<String> = exit.stderr.iter().take(5).map(short).collect();
     assert_eq!((exit.code, exit.stdout.len(), exit.stderr.len()), (Some(2), 0, 1), "{said:?}");
@@ -47,7 +47,7 @@ fn refusal_of(options: &[impl AsRef<OsStr>]) -> String {
 #[test]
 fn help_lists_every_option_in_order() {
     for option in ["-h", "--help"] {
-        let exit = run(&[option]);
+        let exit = run(program(option));
         assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
         let widest = exit.stdout.iter().map(|line| line.chars().count()).max();
         assert!(widest <= Some(80), "wider than a terminal: {widest:?}");
@@ -69,7 +69,7 @@ fn help_lists_every_option_in_order() {
 #[test]
 fn version() {
     for option in ["-V", "--version"] {
-        let exit = run(&[option]);
+        let exit = run(program(option));
         assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
         assert_eq!(exit.stdout, [concat!("smolrx ", env!("CARGO_PKG_VERSION"))]);
     }
@@ -80,12 +80,11 @@ fn version() {
 #[test]
 fn help_and_version_win_over_what_follows() {
     for first in ["-h", "--help", "-V", "--version"] {
-        let alone = run(&[first]).stdout;
+        let alone = run(program(first)).stdout;
         for rest in ["--frobnicate", "--interval", "--tcp-port x", "--", "-h", "-V", "x"] {
-            let rest: Vec<&str> = rest.split(' ').collect();
-            let exit = run(&[&["--keep-open", first], &rest[..]].concat());
-            assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{first} {rest:?}: {exit:?}");
-            assert_eq!(exit.stdout, alone, "{first} {rest:?}");
+            let exit = run(program(&format!("--keep-open {first} {rest}")));
+            assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{first} {rest}: {exit:?}");
+            assert_eq!(exit.stdout, alone, "{first} {rest}");
         }
         assert_eq!(refusal_of(&["--frobnicate", first]), "unknown option '--frobnicate'");
         assert_eq!(
@@ -93,7 +92,7 @@ fn help_and_version_win_over_what_follows() {
             format!("option '--tcp-port' takes a whole number from 0 to 65535, not '{first}'")
         );
         // Not stopped, but killed: the command must not run.
-        Server::start(&calm(&["--", first]));
+        Server::calm(&format!("-- {first}"));
     }
 }
 
@@ -112,7 +111,7 @@ fn last_value_counts_in_either_form() {
         let [together, apart_first] =
             [format!("{others} {}", apart(&values)), format!("{} {values}", apart(others))];
         for options in [apart(&values), values, together, apart_first] {
-            let mut server = Server::start(&options.split(' ').collect::<Vec<_>>());
+            let mut server = Server::start(&options);
             assert_eq!(server.address.ip().to_string(), "127.0.0.1");
             assert_ne!(server.address.port(), 1);
             server.stdout.wait_for("Observing 3");
@@ -139,7 +138,7 @@ fn values_at_the_ends_of_their_range() {
         --max-conns 4294967295|--max-line 4294967294|--timeout 4294967295";
     let all = largest.replace('|', " ");
     for options in smallest.split('|').chain(largest.split('|')).chain([&*all]) {
-        let mut server = Server::start(&options.split(' ').collect::<Vec<_>>());
+        let mut server = Server::start(options);
         if options != "--timeout 1" {
             // One that can be served in a millisecond and has only a byte.
             server.echo("\n");
@@ -282,10 +281,8 @@ fn debounce_that_starves_is_warned_of() {
     let warning = "smolrx: --debounce is not below --interval: without --max-wait, no burst ever ends";
     for (options, warnings) in [(warned, &[warning][..]), (silent, &[])] {
         for options in options.split('|') {
-            let mut command = program(&["--tcp-port", "0", "--bind", "127.0.0.1"]);
-            command.args(options.split(' '));
             let started = Instant::now();
-            let mut server = Server::found(Process::spawn(command));
+            let mut server = Server::found(program(&format!("--tcp-port 0 --bind 127.0.0.1 {options}")));
             server.stderr.wait_for_count(warnings.len());
             assert!(started.elapsed() < ms(5000), "{options}: after {:?}", started.elapsed());
             server.echo("foo\n");
