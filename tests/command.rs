@@ -22,8 +22,7 @@ const PENDING: &str = "--debounce 600000";
 /// Ticks that come as fast as they may.
 const TICKING: &str = "--interval 10";
 
-/// A script that notes its begin and its end, which comes when it is released or by a signal, which it notes,
-/// too.
+/// A script that notes its begin, a signal that ends it, and its end, which comes when it is released.
 const HELD: &str = r#"exec > /dev/null 2>&1
     trap 'echo "got TERM" >> "$D/notes"; exit' TERM
     trap 'echo "got INT" >> "$D/notes"; exit' INT
@@ -277,8 +276,7 @@ fn slow_command_does_not_fall_behind() {
 }
 
 /// A run that lasts, as nobody reads its output, delays no echo, no health check and no idle client's end,
-/// and costs no time; what is pending is run once somebody reads. (`head` ends `yes` by SIGPIPE, as
-/// anywhere.)
+/// and costs no time; what is pending is run once somebody reads. (`head` ends `yes` by SIGPIPE.)
 #[test]
 fn long_run_delays_nobody() {
     let script = format!("yes \"line of $SMOLRX_EVENT\" | head -n 100000; {NOTE}");
@@ -571,8 +569,7 @@ fn runs_leak_nothing() {
     assert!(after.0 <= before.0 + 150 && after.1 == before.1, "{before:?} kB and threads, then {after:?}");
 }
 
-/// The end of each run is noticed at once and told, also of the shortest, and where the parent blocks
-/// SIGCHLD.
+/// The end of each run is noticed at once, also of the shortest, and where the parent blocks SIGCHLD.
 #[test]
 fn shortest_runs_are_noticed() {
     for setup in ["true", "exec env --block-signal=CHLD \"$0\" \"$@\""] {
@@ -635,8 +632,7 @@ fn command_that_cannot_be_started_ends_it() {
     }
 }
 
-/// A command that is there no more ends the server at the next event, and is tried for no later one, such as
-/// the one that the debounce holds.
+/// A command that is there no more ends the server at the next event, and is not tried for the pending one.
 #[test]
 fn missing_command_is_not_tried_again() {
     let notes = Notes::new();
@@ -700,8 +696,7 @@ fn long_event_is_whole_or_told() {
     assert_eq!(notes.lines().len(), 3);
 }
 
-/// A run is left out, and that is told, for want of processes or memory, or while somebody writes the
-/// program.
+/// A run is left out and told for want of processes or memory, or while somebody writes the program.
 #[test]
 fn run_that_is_left_out_is_told() {
     let notes = Notes::new();

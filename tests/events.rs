@@ -10,8 +10,7 @@ use std::time::Instant;
 
 // ------------------------------------------------------------- lines and ticks
 
-/// A lone poke is observed, whenever it comes between two ticks of the clock: here the defaults, a hundred
-/// times as fast.
+/// A lone poke is observed whenever it comes between two ticks: here the defaults, a hundred times as fast.
 #[test]
 fn every_lone_poke_is_observed() {
     const SERVERS: u32 = 20;
@@ -55,8 +54,7 @@ fn burst_of_ticks_is_its_last_unless_a_line_is_in_it() {
     }
 }
 
-/// With `--max-wait` a line among ticks that never pause is observed in time, and the next burst is ticks
-/// alone.
+/// With `--max-wait` a line among ticks that never pause is observed in time, and then the ticks are again.
 #[test]
 fn longest_wait_emits_the_line_among_ticks() {
     let server = Server::start("--interval 50 --debounce 100000 --max-wait 1000");
@@ -134,8 +132,8 @@ const KINDS: [&str; 3] = ["", "--keep-open", "--max-line 100"];
 /// to send.
 #[test]
 fn http_request_is_no_event() {
-    let lines = "GET / HTTP/1.1|GET / HTTP/1.0|HEAD / HTTP/1.1|OPTIONS * HTTP/1.1|CONNECT example.com:443 HTTP/1.1|\
-        PROPFIND /x HTTP/1.1|X /%20?a=b#c HTTP/1.1|GET http://localhost:8888/ HTTP/1.1";
+    let lines = "GET / HTTP/1.1|GET / HTTP/1.0|HEAD / HTTP/1.1|OPTIONS * HTTP/1.1|\
+        CONNECT example.com:443 HTTP/1.1|PROPFIND /x HTTP/1.1|X /%20?a=b#c HTTP/1.1|GET http://localhost:8888/ HTTP/1.1";
     // What follows, and where the line is cut.
     let requests = [
         ("", 0),
@@ -216,8 +214,7 @@ fn what_is_almost_http_is_a_line() {
     }
 }
 
-/// curl says what to do, for a GET and for a POST of any size, and with `--fail` it fails; over `telnet://`
-/// it pokes.
+/// curl says what to do, for a GET and for a POST of any size, fails with `--fail`, and pokes by `telnet://`.
 #[test]
 fn curl_says_something() {
     if let Some(reason) = refusal(Command::new("curl").arg("--version")) {

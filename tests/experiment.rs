@@ -15,8 +15,8 @@ fn serves_where_it_says() {
     server.echo("foo\n");
 }
 
-/// A line comes back as it was sent, accents and line ending included, whereupon the connection is closed, and
-/// is shown and observed without the blanks at its ends; a connection leaves three lines, in this order.
+/// A line comes back as it was sent, accents and line ending included, and the connection is closed; it is shown
+/// and observed without the blanks at its ends, and a connection leaves three lines, in this order.
 #[test]
 fn line_comes_back_as_sent_and_is_shown_stripped() {
     for (line, shown) in

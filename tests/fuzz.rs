@@ -242,8 +242,7 @@ async fn talk(server: &'static Server, input: &Input) -> Outcome {
 
 // ---------------------------------------------------------------- the tests
 
-/// What a client gets, what is printed and what is observed is what a plain model says, whatever the bytes
-/// are.
+/// Whatever the bytes are, what a client gets, what is printed and what is observed is what the model says.
 #[test]
 fn bytes_become_text_as_the_model_says() {
     let servers = RefCell::new(HashMap::new());

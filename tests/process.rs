@@ -42,8 +42,7 @@ fn signals_stop_process_one() {
     }
 }
 
-/// A second signal ends it at once, with 128 and the number of the second one, as process 1, too, where
-/// SIGHUP counts.
+/// A second signal ends process 1 at once, with 128 and the number of the second one, be it SIGHUP, too.
 #[test]
 fn second_signal_ends_it_at_once() {
     for (first, second, code) in [
@@ -156,8 +155,7 @@ fn stdout_closed_before_the_start_ends_it() {
     }
 }
 
-/// A reader that leaves while text waits for it ends it with 141, too, be it that the server is stopping
-/// already.
+/// A reader that leaves while text waits for it ends the server with 141, too, and one that stops already.
 #[test]
 fn stdout_closed_while_text_waits_ends_it() {
     for stopping in [false, true] {
@@ -174,8 +172,7 @@ fn stdout_closed_while_text_waits_ends_it() {
     }
 }
 
-/// An output that is not closed, of any kind, a half-closed socket included, costs no processor time while
-/// there is nothing to write.
+/// An output of any kind, a half-closed socket included, costs no processor time while nothing is written.
 #[test]
 fn quiet_output_costs_nothing() {
     let scratch = Scratch::new();

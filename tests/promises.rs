@@ -105,8 +105,7 @@ fn urgent_byte_is_echoed_in_its_place() {
     }
 }
 
-/// The lines of a client that leaves before their echo are received, a last one without a newline included;
-/// of one that resets the connection those that are whole.
+/// The lines of a client that leaves before their echo are received; of one that resets those that are whole.
 #[test]
 fn lines_of_a_client_that_is_gone_are_received() {
     let many: String = (0..10_000).map(|i| format!("{i}\n")).collect();
@@ -142,42 +141,9 @@ fn lines_of_a_client_that_is_gone_are_received() {
     }
 }
 
-// ----------------------------------------------------- hostile input: too long a line
-
-/// A line longer than `--max-line`, its ending included, gets a sentence on stderr that names the option, no
-/// echo, no event and no memory, be it a byte longer or endless; the limit is 2048 bytes when none is given.
-#[test]
-fn longer_line_is_refused() {
-    for (limit, options) in [(16, "--max-line 16"), (2048, "")] {
-        for options in both_ways(options) {
-            let mut server = Server::start(&options);
-            let longest = line_of(limit);
-            let port = server.echo(&longest);
-            let before = server.memory_kb();
-            let (over, crlf) = (line_of(limit + 1), longest.replace('\n', "\r\n"));
-            let (begun, endless) = ("x".repeat(limit + 1), "x".repeat(1 << 20));
-            let cases = [(over, 1), (crlf, 1), (begun, 1), (endless, 256)];
-            let messages = cases.map(|(text, times)| {
-                let mut client = server.connect();
-                let sent = (0..times).take_while(|_| client.0.write_all(text.as_bytes()).is_ok());
-                assert!(sent.count() < 256, "nobody stops an endless line");
-                assert_eq!(client.until_closed(), b"", "though it does not end its sending side");
-                let who = format!("127.0.0.1:{}", client.port());
-                format!("smolrx: line from {who} is longer than {limit} bytes; --max-line allows more")
-            });
-            let grown = server.memory_kb().saturating_sub(before);
-            assert!(grown <= 64, "{grown} kB more");
-            let exit = server.stop();
-            assert_eq!(exit.stderr, messages, "{options:?}");
-            exit.tells_of(longest.trim(), port);
-        }
-    }
-}
-
 // ----------------------------------------------------------- silence for --timeout
 
-/// A connection that sends nothing for `--timeout` is closed, also in the middle of a line; part of a line is
-/// no event, and leaves nothing in the transcript.
+/// A connection that sends nothing for `--timeout` is closed; part of a line is no event and is not printed.
 #[test]
 fn silent_connection_is_closed() {
     let part = "half a li";
@@ -433,6 +399,36 @@ fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
     assert!(!exit.stdout.iter().any(|line| line.contains(is_hostile)), "{exit:?}");
 }
 
+/// A line longer than `--max-line`, its ending included, gets a sentence on stderr that names the option, no
+/// echo, no event and no memory, be it a byte longer or endless; the limit is 2048 bytes when none is given.
+#[test]
+fn longer_line_is_refused() {
+    for (limit, options) in [(16, "--max-line 16"), (2048, "")] {
+        for options in both_ways(options) {
+            let mut server = Server::start(&options);
+            let longest = line_of(limit);
+            let port = server.echo(&longest);
+            let before = server.memory_kb();
+            let (over, crlf) = (line_of(limit + 1), longest.replace('\n', "\r\n"));
+            let (begun, endless) = ("x".repeat(limit + 1), "x".repeat(1 << 20));
+            let cases = [(over, 1), (crlf, 1), (begun, 1), (endless, 256)];
+            let messages = cases.map(|(text, times)| {
+                let mut client = server.connect();
+                let sent = (0..times).take_while(|_| client.0.write_all(text.as_bytes()).is_ok());
+                assert!(sent.count() < 256, "nobody stops an endless line");
+                assert_eq!(client.until_closed(), b"", "though it does not end its sending side");
+                let who = format!("127.0.0.1:{}", client.port());
+                format!("smolrx: line from {who} is longer than {limit} bytes; --max-line allows more")
+            });
+            let grown = server.memory_kb().saturating_sub(before);
+            assert!(grown <= 64, "{grown} kB more");
+            let exit = server.stop();
+            assert_eq!(exit.stderr, messages, "{options:?}");
+            exit.tells_of(longest.trim(), port);
+        }
+    }
+}
+
 // ------------------------------------------------------------------- a full server
 
 /// As many clients as `--max-conns` says are served at once, 512 without it; the others wait in the backlog
@@ -461,6 +457,28 @@ fn clients_beyond_the_limit_wait_and_are_served() {
         assert_eq!(exit.stdout[1..=expected.len()], expected, "the waiting are served in their order");
         assert_eq!(observed(&exit.stdout), [if limit == 1 { "sent" } else { "begun, ended" }]);
     }
+}
+
+/// Out of descriptors it waits without spinning, warns once a second at most, and goes on when there are
+/// some: every client is served in the end.
+#[test]
+fn descriptors_exhausted_and_recovered() {
+    let mut server = Server::start_after("ulimit -n 64", &calm(""));
+    let before = server.descriptors();
+    let mut clients = server.clients(100, "");
+    server.stderr.wait_for_count(1);
+    assert!(server.descriptors() > 50, "the limit is 64, and only {} are open", server.descriptors());
+    let (start, warnings) = (Instant::now(), server.stderr.lines().len());
+    let busy = server.busy_during(ms(3000));
+    let (seconds, warnings) = (start.elapsed().as_secs() as usize, server.stderr.lines().len() - warnings);
+    assert!(warnings <= seconds + 1, "{warnings} warnings in {seconds} s: {:?}", server.stderr);
+    assert!(busy < ms(150), "busy for {busy:?} of three seconds");
+    clients.iter_mut().for_each(|client| client.send("foo\n"));
+    clients.iter_mut().for_each(|client| assert_eq!(client.rest(), b"foo\n"));
+    eventually(PATIENCE, "all clients' descriptors are closed", || server.descriptors() == before);
+    let exit = server.stop();
+    assert_eq!(exit.stdout.iter().filter(|line| *line == CLOSE).count(), 100);
+    assert!(exit.stderr.iter().all(|line| line.starts_with("smolrx: ")), "{:?}", exit.stderr);
 }
 
 // --------------------------------------------------------------------------- memory
@@ -622,8 +640,8 @@ fn with_every_stalled_stdout(check: impl Fn(Stalled) + Sync) {
 }
 
 impl Stalled {
-    /// It must be healthy all the same, and leave the output's other holders as blocking as they are, which one
-    /// of them changes at once to what `mode` says.
+    /// It must be healthy all the same, and leave the output in its `mode`: non-blocking as another of its
+    /// holders has made it at the start, or not.
     fn start((kind, reader, writer): Output, both: bool, mode: OFlags) -> Self {
         let what = format!("{kind}, stderr as well: {both}");
         let holder = writer.try_clone().unwrap();
@@ -710,8 +728,8 @@ fn output_made_nonblocking_loses_nothing() {
     });
 }
 
-/// Messages for a stderr that nobody reads, of whatever kind, hold up neither clients nor the end, and take no
-/// memory once it is full.
+/// Messages for a stderr that nobody reads, of whatever kind, hold up neither clients nor the end, and take
+/// bounded memory.
 #[test]
 fn stalled_stderr_holds_nobody_up() {
     at_once(outputs(), |(kind, _reader, end)| {
@@ -858,8 +876,7 @@ fn stop_closes_idle_connections() {
     }
 }
 
-/// A line that comes up to 200 ms after the signal is echoed, received and observed, if its client was
-/// connected or in the backlog when the signal came.
+/// A line that comes up to 200 ms after the signal counts if its client had connected or was in the backlog.
 #[test]
 fn line_right_after_the_signal_is_echoed() {
     let pauses = [1, 1, 1, 1, 1, 20, 100, 200];
@@ -1065,28 +1082,4 @@ fn probe_asks_the_first_server_or_the_one_on_its_port() {
         drop(other);
         assert_eq!(answers(), [Some(1); 3], "both were killed");
     });
-}
-
-// ----------------------------------------------- a full server: no descriptor is left
-
-/// Out of descriptors it waits without spinning, warns once a second at most, and goes on when there are
-/// some: every client is served in the end.
-#[test]
-fn descriptors_exhausted_and_recovered() {
-    let mut server = Server::start_after("ulimit -n 64", &calm(""));
-    let before = server.descriptors();
-    let mut clients = server.clients(100, "");
-    server.stderr.wait_for_count(1);
-    assert!(server.descriptors() > 50, "the limit is 64, and only {} are open", server.descriptors());
-    let (start, warnings) = (Instant::now(), server.stderr.lines().len());
-    let busy = server.busy_during(ms(3000));
-    let (seconds, warnings) = (start.elapsed().as_secs() as usize, server.stderr.lines().len() - warnings);
-    assert!(warnings <= seconds + 1, "{warnings} warnings in {seconds} s: {:?}", server.stderr);
-    assert!(busy < ms(150), "busy for {busy:?} of three seconds");
-    clients.iter_mut().for_each(|client| client.send("foo\n"));
-    clients.iter_mut().for_each(|client| assert_eq!(client.rest(), b"foo\n"));
-    eventually(PATIENCE, "all clients' descriptors are closed", || server.descriptors() == before);
-    let exit = server.stop();
-    assert_eq!(exit.stdout.iter().filter(|line| *line == CLOSE).count(), 100);
-    assert!(exit.stderr.iter().all(|line| line.starts_with("smolrx: ")), "{:?}", exit.stderr);
 }

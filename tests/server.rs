@@ -9,8 +9,6 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::Instant;
 
-// ---------------------------------------------------------------- it listens
-
 /// `--bind` takes an IPv4 or IPv6 address, in brackets or without; the first line names the address and the
 /// port, clients of each family are served there, and are shown as they know themselves.
 #[test]
@@ -67,10 +65,7 @@ fn address_that_cannot_be_had_is_one_sentence() {
     server.stop().tells_of("foo", port);
 }
 
-// ---------------------------------------------------------------- each connection
-
-/// With `--keep-open` every line is answered at once, thousands sent together come back in order, and the
-/// close is printed once, at the end.
+/// With `--keep-open` lines are answered at once, thousands together in order, and the close is printed once.
 #[test]
 fn keep_open_serves_every_line_in_order() {
     let server = Server::calm("--keep-open");
@@ -90,8 +85,7 @@ fn keep_open_serves_every_line_in_order() {
     assert_eq!(server.stdout.lines()[1..], shown.chain([CLOSE.into()]).collect::<Vec<_>>());
 }
 
-/// A connection is over when its line is answered, though the client leaves its own side open:
-/// nothing is held for it any more, however its bytes came.
+/// Nothing is held for a connection whose line is answered, though the client leaves its own side open.
 #[test]
 fn connection_ends_though_the_client_stays() {
     let line = b"abcdefg\n";
@@ -157,8 +151,7 @@ fn thousand_clients_at_once() {
     }
 }
 
-/// With `-q` or `--quiet` an event is a line of its own and nothing else: a tick, a line without the blanks
-/// at its ends, or nothing.
+/// With `-q` or `--quiet` events are all that is printed: ticks, and lines without the blanks at their ends.
 #[test]
 fn quiet_prints_bare_events() {
     for option in ["-q", "--quiet"] {
@@ -176,8 +169,6 @@ fn quiet_prints_bare_events() {
     }
 }
 
-// ---------------------------------------------------------------- what it asks for
-
 /// What is in a file already stays there, and what others add to it meanwhile, too.
 #[test]
 fn stdout_in_a_file_is_appended_to() {
@@ -194,8 +185,7 @@ fn stdout_in_a_file_is_appended_to() {
     assert_eq!(text(), format!("before\nServing on {address}\nmeanwhile\nObserving 0\n"));
 }
 
-/// An idle server, with a clock or without, with idle connections or without, does not run at all between
-/// two ticks.
+/// An idle server, with a clock and connections or without, does not run at all between two ticks.
 #[test]
 fn idle_server_does_nothing() {
     let servers = [("12000", 3), ("0", 0)].map(|(interval, idle)| {

@@ -129,8 +129,7 @@ pub fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, check: impl Fn(T) + 
 
 // ---------------------------------------------------------------- the program
 
-/// For glibc to be like musl in the image: no second arena, which grows at a time of its own, and nothing large
-/// kept.
+/// For glibc, to be like musl: no second arena, which grows at a time of its own, and nothing large kept.
 pub const MALLOC: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("MALLOC_MMAP_THRESHOLD_", "131072")];
 
 /// A command whose output is collected, unless its caller says where else it goes.
@@ -167,8 +166,7 @@ pub fn after(setup: &str, inner: &Command) -> Command {
     within(shell, inner)
 }
 
-/// A strace that does this to the system calls of what it runs, for example `socket:error=EPERM:when=1`; none,
-/// and the test skipped, where that can't be.
+/// A strace that injects, for example, `socket:error=EPERM:when=1`; none, and the test skipped, without it.
 pub fn strace(injection: &str) -> Option<Command> {
     let injecting = |injection| {
         let mut strace = command("strace");
