@@ -102,9 +102,6 @@ fn beside_quick_round_trips(address: SocketAddr, body: impl FnOnce()) {
 /// is some, and a warning says why it waited.
 #[test]
 fn client_that_cannot_be_watched_is_served() {
-    if strace("none").is_none() {
-        return;
-    }
     for (error, words) in [("ENOMEM", "out of memory (error 12)"), ("ENOSPC", "no storage space (error 28)")]
     {
         let warning = format!("smolrx: cannot wait for a client: {words}; trying again");
@@ -114,7 +111,8 @@ fn client_that_cannot_be_watched_is_served() {
             let scratch = Scratch::new();
             let log = scratch.file("log");
             let mut server = Server::calm("");
-            let mut strace = strace(&format!("epoll_ctl:error={error}:when={number}")).unwrap();
+            let injection = format!("epoll_ctl:error={error}:when={number}");
+            let Some(mut strace) = strace(&injection) else { return true };
             strace.arg("-o").arg(&log);
             let tracer = server.traced_by(strace);
             let mut client = server.connect();

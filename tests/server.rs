@@ -125,20 +125,20 @@ fn flood_does_not_hold_up_the_clock() {
 /// A thousand clients at once each get exactly their own bytes, and the transcript accounts for every line.
 #[test]
 fn thousand_clients_at_once() {
-    raise_descriptor_limit();
+    let line = |port: u16| format!("client {port} {}", "z".repeat(usize::from(port % 1000) + 1));
     for options in ["", "--keep-open"] {
         let mut server = Server::calm(options);
-        let mut clients: Vec<(Client, String)> =
-            (0..1000).map(|i| (server.connect(), format!("client {i} {}", "z".repeat(i + 1)))).collect();
-        clients.iter_mut().for_each(|(client, line)| client.send(line));
-        for (client, _) in clients.iter_mut().rev() {
+        let mut clients = server.clients(1000, "client ");
+        for client in clients.iter_mut().rev() {
+            client.send(&line(client.port())["client ".len()..]);
             client.send("\n");
             client.finish();
         }
         let mut expected = vec![];
-        for (client, line) in &mut clients {
+        for client in &mut clients {
+            let line = line(client.port());
             assert_eq!(String::from_utf8(client.rest()).unwrap(), format!("{line}\n"));
-            expected.extend(conversation(line, client.port()));
+            expected.extend(conversation(&line, client.port()));
         }
         let exit = server.stop();
         assert_eq!(exit.stderr, [""; 0]);
@@ -147,7 +147,7 @@ fn thousand_clients_at_once() {
         got.sort();
         expected.sort();
         assert!(got == expected, "the transcript differs from what was sent: {:?}", server.stdout);
-        assert!(clients.iter().any(|(_, line)| *last == format!("Observing {line}")), "{last}");
+        assert!(clients.iter().any(|c| *last == format!("Observing {}", line(c.port()))), "{last}");
     }
 }
 

@@ -20,7 +20,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{self, Child, Command, Stdio};
+use std::process::{self, Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
@@ -305,20 +305,20 @@ impl Process {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// The exit code of a program that has ended; none if a signal killed it.
-    pub fn exit_code(&mut self) -> Option<i32> {
-        self.child.wait().unwrap().code()
-    }
-
-    /// Waits for the end, which must come within the deadline.
-    pub fn exited(&mut self, within: Duration) -> Exit {
+    /// Waits for the end, which must come within the deadline, though nobody may read the output.
+    pub fn status(&mut self, within: Duration) -> ExitStatus {
         let start = Instant::now();
         while self.is_running() {
             let said = (&self.stdout, &self.stderr);
             assert!(start.elapsed() < within, "still running after {within:?}\n{said:?}");
             thread::sleep(ms(2));
         }
-        let status = self.child.wait().unwrap();
+        self.child.wait().unwrap()
+    }
+
+    /// Waits for the end, which must come within the deadline, and for all that it has said.
+    pub fn exited(&mut self, within: Duration) -> Exit {
+        let status = self.status(within);
         self.stdout.resume();
         let (stdout, stderr) = (self.stdout.to_the_end(), self.stderr.to_the_end());
         Exit { code: status.code(), signal: status.signal(), stdout, stderr }
