@@ -142,8 +142,7 @@ fn command(name: impl AsRef<OsStr>) -> Command {
 /// The program under test with these options, which are parted by blanks.
 pub fn program(options: &str) -> Command {
     let mut command = command(binary());
-    command.args(options.split_whitespace());
-    command.envs(MALLOC);
+    command.args(options.split_whitespace()).envs(MALLOC);
     command
 }
 
@@ -173,11 +172,11 @@ pub fn strace(injection: &str) -> Option<Command> {
         strace.args(["-qq", "-o", "/dev/null", "-e", &format!("inject={injection}")]);
         strace
     };
-    let refusal = refusal(injecting("epoll_ctl:error=ENOMEM").arg("true"));
-    refusal
-        .inspect(|reason| skip(format!("no strace that injects: {reason}")))
-        .is_none()
-        .then(|| injecting(injection))
+    if let Some(reason) = refusal(injecting("epoll_ctl:error=ENOMEM").arg("true")) {
+        skip(format!("no strace that injects: {reason}"));
+        return None;
+    }
+    Some(injecting(injection))
 }
 
 /// Whether this machine lacks the address `::1`; then it says what is skipped.
