@@ -31,7 +31,7 @@ use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, ErrorKind, PipeReader, Read, Write, pipe};
 use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{array, env, fs, iter, mem, panic};
@@ -277,8 +277,8 @@ impl Running {
     fn start(kind: Kind, mode: Mode, command: &[String]) -> Self {
         let (stdout, end) = pipe().unwrap();
         let mut program = Command::new(&command[0]);
-        program.args(&command[1..]).stdout(end);
-        let process = Process::spawn_with_output(program);
+        program.args(&command[1..]).stdin(Stdio::null()).stdout(end).stderr(Stdio::piped());
+        let process = Process::spawn(program);
         let port = match mode {
             Mode::Quiet => process.listening_port(),
             _ => {

@@ -3,10 +3,8 @@
 mod common;
 
 use common::*;
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
-use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -16,16 +14,15 @@ use std::thread;
 use std::time::Instant;
 
 /// A free port of the loopback interface, no clock, and each poke an event.
-const POKED: [&str; 8] = ["--bind", "127.0.0.1", "--tcp-port", "0", "--interval", "0", "--debounce", "1"];
+const POKED: &str = "--bind 127.0.0.1 --tcp-port 0 --interval 0 --debounce 1";
 
 /// A debounce so slow that an event is pending until the end.
-const PENDING: [&str; 2] = ["--debounce", "600000"];
+const PENDING: &str = "--debounce 600000";
 
 /// Ticks that come as fast as they may.
-const TICKING: [&str; 2] = ["--interval", "10"];
+const TICKING: &str = "--interval 10";
 
-/// A script that notes its begin and its end, which comes when it is released or by a signal, which it notes,
-/// too.
+/// A script that notes its begin, a signal that ends it, and its end, which comes when it is released.
 const HELD: &str = r#"exec > /dev/null 2>&1
     trap 'echo "got TERM" >> "$D/notes"; exit' TERM
     trap 'echo "got INT" >> "$D/notes"; exit' INT
@@ -37,26 +34,24 @@ const HELD: &str = r#"exec > /dev/null 2>&1
 const NOTE: &str = r#"printf '%s\n' "$SMOLRX_EVENT" >> "$D/notes""#;
 
 /// A server that runs this command for each poke.
-fn with_command(options: &[&str], command: &[&str]) -> Command {
-    program(&[&POKED, options, &["--"], command].concat())
-}
-
-fn start(command: Command) -> Server {
-    Server::found(Process::spawn(command))
+fn with_command(options: &str, command: &[&str]) -> Command {
+    let mut server = program(&format!("{POKED} {options} --"));
+    server.args(command);
+    server
 }
 
 /// A folder, `$D` for the server and its command, in which the command leaves notes.
 struct Notes(Scratch);
 
 /// The folder, and a server that runs this script.
-fn noted(options: &[&str], script: &str) -> (Notes, Server) {
+fn noted(options: &str, script: &str) -> (Notes, Server) {
     noted_after("true", options, script)
 }
 
 /// The same, started by a shell after `setup`.
-fn noted_after(setup: &str, options: &[&str], script: &str) -> (Notes, Server) {
+fn noted_after(setup: &str, options: &str, script: &str) -> (Notes, Server) {
     let notes = Notes::new();
-    let server = start(notes.command(setup, options, &["sh", "-c", script]));
+    let server = Server::found(after(setup, &notes.command(options, &["sh", "-c", script])));
     (notes, server)
 }
 
@@ -86,10 +81,10 @@ impl Notes {
         name
     }
 
-    /// The server with this command, started by a shell after `setup`.
-    fn command(&self, setup: &str, options: &[&str], command: &[&str]) -> Command {
-        let mut server = program_after(setup, &[&POKED, options, &["--"], command].concat());
-        server.env("D", self.name("")).env("MALLOC_ARENA_MAX", "1").env("MALLOC_MMAP_THRESHOLD_", "131072");
+    /// The server with this command.
+    fn command(&self, options: &str, command: &[&str]) -> Command {
+        let mut server = with_command(options, command);
+        server.env("D", self.name(""));
         server
     }
 
@@ -118,19 +113,10 @@ impl Notes {
     }
 }
 
-/// Waits until a process has so many children, zombies included.
-fn wait_for_children(parent: impl Display, count: usize) {
-    let children = || fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
+/// Waits until a server has so many children, zombies included.
+fn wait_for_children(server: &Server, count: usize) {
+    let children = || server.tasks("children").concat();
     eventually(PATIENCE, &format!("{count} children"), || children().split_whitespace().count() == count);
-}
-
-/// A server that waits uses no processor.
-#[track_caller]
-fn costs_no_time(server: &Server) {
-    let before = server.activity().0;
-    thread::sleep(ms(500));
-    let busy = server.activity().0 - before;
-    assert!(busy < ms(100), "busy for {busy:?} of half a second");
 }
 
 // ------------------------------------------------------- what the command gets
@@ -138,7 +124,7 @@ fn costs_no_time(server: &Server) {
 /// The command finds the event in `SMOLRX_EVENT`, a line as the transcript shows it, whatever a client sends.
 #[test]
 fn event_is_in_the_environment() {
-    let (notes, server) = noted(&[], r#"printf '<%s>\n' "$SMOLRX_EVENT" >> "$D/notes""#);
+    let (notes, server) = noted("", r#"printf '<%s>\n' "$SMOLRX_EVENT" >> "$D/notes""#);
     let text = "foo\n\n   \n0\n-rf\n--help\n--\nSMOLRX_EVENT=x\nPATH=/nowhere\n=\n$(touch x) `id` \"'; exit\n\
         two  spaces\tand a tab\nünï→☃\nesc \x1b[31m and nul \0 and cr \r within\n\
         \u{202e}right to left\u{2028}\n%s %n \\0 \\n\nlast\n";
@@ -150,30 +136,26 @@ fn event_is_in_the_environment() {
 }
 
 /// A script prints the same in a run as in the server's place, after the same `setup`, beside clients or not.
-/// Returns the server's own limits of descriptors after that.
 #[track_caller]
-fn is_given_the_same(setup: &str, script: &str, arguments: &[&[u8]]) -> (String, String) {
-    raise_descriptor_limit();
+fn is_given_the_same(setup: &str, script: &str, arguments: &[&[u8]]) {
+    let given = |command: &mut Command| {
+        command.args(arguments.iter().copied().map(OsStr::from_bytes));
+        after(setup, command)
+    };
     let script = ["sh", "-c", script, "sh"];
-    let arguments = arguments.iter().copied().map(OsStr::from_bytes);
-    let mut in_its_place = Command::new("sh");
-    in_its_place.args(["-c", &format!("{setup}; exec \"$0\" \"$@\"")]).args(script).args(arguments.clone());
-    let printed = in_its_place.env("SMOLRX_EVENT", "poke").output().unwrap().stdout;
-    let printed: Vec<_> = str::from_utf8(&printed).unwrap().lines().collect();
-    let mut command = program_after(setup, &[&POKED[..], &["-q", "--"], &script].concat());
-    command.args(arguments).env("SMOLRX_EVENT", "an older one");
-    let mut server = start(command);
+    let mut in_its_place = given(Command::new("env").envs(MALLOC).args(script));
+    let mut printed = run(in_its_place.env("SMOLRX_EVENT", "poke")).stdout;
+    let mut command = given(&mut with_command("-q", &script));
+    let mut server = Server::found(command.env("SMOLRX_EVENT", "an older one"));
     server.echo("poke\n");
     server.stdout.wait_for_count(1);
-    let mut clients: Vec<Client> = (0..100).map(|_| server.connect()).collect();
-    clients.iter_mut().for_each(|client| client.send("half"));
+    let clients = server.clients(100, "half");
     clients.iter().for_each(Client::is_taken);
     server.echo("poke\n");
     server.stdout.wait_for_count(printed.len() + 1);
-    let limits = server.descriptor_limits();
     clients.into_iter().for_each(Client::reset);
-    assert_eq!(server.stop().stdout, printed.repeat(2));
-    limits
+    printed.extend_from_within(..);
+    assert_eq!(server.stop().stdout, printed);
 }
 
 /// The command has the server's environment to the byte, but for one `SMOLRX_EVENT`, which is the event's.
@@ -187,9 +169,7 @@ fn environment_is_the_servers() {
 /// A server without any environment finds the command where a shell looks then, and gives it the event alone.
 #[test]
 fn empty_environment() {
-    let mut command = with_command(&["-q"], &["env"]);
-    command.env_clear();
-    let mut server = start(command);
+    let mut server = Server::found(with_command("-q", &["env"]).env_clear());
     server.echo("poke\n");
     let exit = server.stop();
     assert_eq!((exit.stdout, exit.stderr), (vec!["SMOLRX_EVENT=poke".into()], vec![]));
@@ -212,7 +192,7 @@ fn stdin_is_the_servers() {
     let setup = r#"printf '%s\n' one two three > "$D/input"; exec < "$D/input""#;
     let script = r#"case $SMOLRX_EVENT in all*) text=$(cat);; *) read -r text;; esac
         echo "$SMOLRX_EVENT <$text>" >> "$D/notes""#;
-    let (notes, server) = noted_after(setup, &[], script);
+    let (notes, server) = noted_after(setup, "", script);
     for (event, text) in [("a", "one"), ("b", "two"), ("all", "three"), ("all again", ""), ("c", "")] {
         assert_eq!(notes.poke(&server, format!("{event}\n")), format!("{event} <{text}>"));
     }
@@ -237,13 +217,13 @@ fn signals_are_as_before() {
 fn folder_group_and_descriptor_limits_are_as_before() {
     let setup = "cd /usr; umask 027; ulimit -Sn 64; ulimit -Hn 1024";
     let script = "pwd; umask; ulimit -Sn; ulimit -Hn; cut -d ' ' -f 5,6 /proc/$$/stat";
-    assert_eq!(is_given_the_same(setup, script, &[]), ("1024".into(), "1024".into()), "the server's own");
+    is_given_the_same(setup, script, &[]);
 }
 
 /// A run needs no descriptor that clients could take from it: with all of them in use, it works.
 #[test]
 fn run_with_no_descriptor_left() {
-    let (notes, server) = noted_after("ulimit -n 64", &["--keep-open"], NOTE);
+    let (notes, server) = noted_after("ulimit -n 64", "--keep-open", NOTE);
     let mut clients: Vec<Client> = (0..80).map(|_| server.connect()).collect();
     let is_full = |line: &String| line.starts_with("smolrx: cannot accept: ");
     server.stderr.wait_until("its complaint", |lines| lines.iter().any(is_full).then_some(()));
@@ -267,7 +247,7 @@ fn no_descriptor_is_the_servers() {
 /// that waits, and no tick replaces it; then the clock goes on.
 #[test]
 fn latest_event_is_run_next() {
-    let (notes, server) = noted(&TICKING, HELD);
+    let (notes, server) = noted(TICKING, HELD);
     notes.wait_for_count(1);
     thread::sleep(ms(100)); // a tick is pending
     for i in 0..10 {
@@ -287,7 +267,7 @@ fn latest_event_is_run_next() {
 /// A fast clock with a slow command does not fall behind: each run has the latest tick, as it is observed.
 #[test]
 fn slow_command_does_not_fall_behind() {
-    let (notes, mut server) = noted(&TICKING, &format!("{NOTE}; sleep 1"));
+    let (notes, mut server) = noted(TICKING, &format!("{NOTE}; sleep 1"));
     notes.wait_for_count(4);
     let ticks: Vec<u64> = notes.lines().iter().map(|line| line.parse().unwrap()).collect();
     // A busy machine's clock leaves some out, and never so many.
@@ -296,12 +276,11 @@ fn slow_command_does_not_fall_behind() {
 }
 
 /// A run that lasts, as nobody reads its output, delays no echo, no health check and no idle client's end,
-/// and costs no time; what is pending is run once somebody reads. (`head` ends `yes` by SIGPIPE, as
-/// anywhere.)
+/// and costs no time; what is pending is run once somebody reads. (`head` ends `yes` by SIGPIPE.)
 #[test]
 fn long_run_delays_nobody() {
     let script = format!("yes \"line of $SMOLRX_EVENT\" | head -n 100000; {NOTE}");
-    let (notes, mut server) = noted(&["-q", "--timeout", "1000"], &script);
+    let (notes, mut server) = noted("-q --timeout 1000", &script);
     server.stdout.pause();
     server.echo("first\n");
     let mut idle = server.connect();
@@ -316,7 +295,8 @@ fn long_run_delays_nobody() {
     server.echo("last\n");
     is_healthy(server.address.port());
     assert_eq!(idle.until_closed(), b"", "the idle client");
-    costs_no_time(&server);
+    let busy = server.busy_during(ms(500));
+    assert!(busy < ms(100), "busy for {busy:?} of half a second");
     assert_eq!(notes.lines(), [""; 0], "the run has ended though its output is not read");
     server.stdout.resume();
     notes.wait_for("last");
@@ -332,7 +312,7 @@ fn long_run_delays_nobody() {
 #[test]
 fn transcript_goes_on_beside_the_output() {
     let script = "echo \"ran $SMOLRX_EVENT\"; echo \"told $SMOLRX_EVENT\" >&2";
-    let (_notes, mut server) = noted(&[], script);
+    let (_notes, mut server) = noted("", script);
     let port = server.echo("foo\n");
     let mut exit = server.stop();
     let [received, sent, closed] = conversation("foo", port);
@@ -346,7 +326,7 @@ fn transcript_goes_on_beside_the_output() {
 /// A run that fails is told in a sentence, with `--quiet`, too, and is not repeated.
 #[test]
 fn failed_run_is_told() {
-    let (notes, mut server) = noted(&["--quiet"], r#"echo x >> "$D/notes"; eval "$SMOLRX_EVENT""#);
+    let (notes, mut server) = noted("--quiet", r#"echo x >> "$D/notes"; eval "$SMOLRX_EVENT""#);
     let exits = [3, 0, 1, 255, 137].map(|code| (format!("exit {code}"), format!("exited with {code}")));
     // SIGABRT (6) may dump a core; of the real-time signals, from 34 on, nix knows none.
     let kills = [9, 15, 2, 6, 40, 64]
@@ -372,7 +352,7 @@ fn failed_run_is_told() {
 fn signal_waits_for_the_run_and_runs_what_is_pending() {
     let cases = [(&[Signal::TERM][..], 7000, "third"), (&[Signal::INT, Signal::TERM], 500, "completed")];
     for (signals, time, last) in cases {
-        let (notes, mut server) = noted(&[], HELD);
+        let (notes, mut server) = noted("", HELD);
         notes.poke(&server, "first\n");
         server.echo("second\n");
         server.echo("third\n");
@@ -405,7 +385,7 @@ fn signal_waits_for_the_run_and_runs_what_is_pending() {
 fn signal_runs_what_the_debounce_holds() {
     let long = &*"x".repeat(200_000);
     let fails = ["sh", "-c", "sleep 0.1; echo \"ran $SMOLRX_EVENT\"; exit 3"];
-    let options = [&PENDING[..], &["-q", "--max-line", "300000"]].concat();
+    let options = format!("{PENDING} -q --max-line 300000");
     for (command, pokes, code, said, told) in [
         (&fails[..], &[][..], 0, &[][..], &[][..]),
         (&fails, &["a"], 0, &["ran a"], &["smolrx: the command exited with 3"]),
@@ -414,7 +394,7 @@ fn signal_runs_what_the_debounce_holds() {
         (&["no-such"], &["a"], 127, &[], &["smolrx: cannot run no-such: not found (error 2)"]),
     ] {
         for _ in 0..10 {
-            let mut server = start(with_command(&options, command));
+            let mut server = Server::found(with_command(&options, command));
             pokes.iter().for_each(|poke| _ = server.echo(format!("{poke}\n")));
             server.signal(Signal::TERM);
             let exit = server.exited(ms(6000));
@@ -432,13 +412,13 @@ fn second_signal_is_passed_on_and_ends_it() {
     let held = ["sh", "-c", HELD];
     let in_a_session = ["sh", "-c", "exec setsid sh -c \"$0\"", HELD];
     for (options, command, first, second, code, got) in [
-        (&[][..], &held[..], int, term, 143, "got TERM"),
-        (&[], &held, term, int, 130, "got INT"),
-        (&[], &in_a_session, term, term, 143, "got TERM"),
-        (&PENDING, &held, int, int, 130, "got INT"),
+        ("", &held[..], int, term, 143, "got TERM"),
+        ("", &held, term, int, 130, "got INT"),
+        ("", &in_a_session, term, term, 143, "got TERM"),
+        (PENDING, &held, int, int, 130, "got INT"),
     ] {
         let notes = Notes::new();
-        let mut server = start(notes.command("true", options, command));
+        let mut server = Server::found(notes.command(options, command));
         server.echo("first\n");
         if options.is_empty() {
             notes.wait_for("begin first");
@@ -470,26 +450,20 @@ fn command_holds_up_no_end() {
         let what = format!("{code}, {script}");
         let notes = Notes::new();
         let (reader, writer) = io::pipe().unwrap();
-        let mut command = notes.command("true", &[], &["sh", "-c", script]);
-        command.stdout(writer);
-        let mut server = Server::found(Process::spawn_with_stdout(command));
+        let mut server = Server::found(notes.command("", &["sh", "-c", script]).stdout(writer));
         let pid = Pid::from_raw(notes.poke(&server, "poke\n").parse().unwrap()).unwrap();
         thread::sleep(ms(100)); // now the output is full
         server.echo("more\n"); // which cannot be written there
         let reader = (code == 143).then_some(reader);
         if reader.is_some() {
-            server.signal(Signal::TERM);
-            server.refuses();
-            thread::sleep(ms(150)); // within 100 ms, two are one
-            server.signal(Signal::TERM);
+            server.signal_twice(Signal::TERM, Signal::TERM);
         }
-        eventually(ms(2000), &what, || !server.is_running());
+        assert_eq!(server.status(ms(2000)).code(), Some(code), "{what}");
         drop(reader);
         notes.release();
         // What is stopped has SIGTERM before it, or its end. (What has ended already can't be signalled.)
         let _ = kill_process(pid, Signal::CONT);
-        let exit = server.exited(PATIENCE);
-        assert_eq!((exit.code, exit.stderr.len()), (Some(code), 0), "{what}: {exit:?}");
+        assert_eq!(server.exited(PATIENCE).stderr, [""; 0], "{what}");
     }
 }
 
@@ -501,9 +475,8 @@ fn ctrl_c_reaches_both() {
     let mut keys = screen.try_clone().unwrap();
     let screen = Transcript::of(screen);
     // The terminal that is to control the session is the one under stdin.
-    let mut command = notes.command("exec setsid -c \"$0\" \"$@\" <&1", &[], &["sh", "-c", HELD]);
-    command.stdout(end.try_clone().unwrap()).stderr(end);
-    let mut server = Server::found(Process::spawn_with_output(command));
+    let mut command = after("exec setsid -c \"$0\" \"$@\" <&1", &notes.command("", &["sh", "-c", HELD]));
+    let mut server = Server::found(command.stdout(end.try_clone().unwrap()).stderr(end));
     notes.poke(&server, "poke\n");
     keys.write_all(b"\x03").unwrap();
     assert_eq!(server.exited(ms(6000)).code, Some(0), "{screen:?}");
@@ -519,18 +492,17 @@ fn process_1_reaps_orphans() {
     let notes = Notes::new();
     let script = r#"i=0; while [ $i -lt 100 ]; do ((sleep 0.5; exit 3) &) > /dev/null 2>&1; i=$((i + 1)); done
         sleep 1000 > /dev/null 2>&1 &"#;
-    let mut command = with_command(&[], &["sh", "-c", &format!("{script}\n{HELD}")]);
-    let Some((mut server, one)) = as_process_one("true", command.env("D", notes.name(""))) else { return };
-    let pid = one.as_raw_nonzero();
+    let command = notes.command("", &["sh", "-c", &format!("{script}\n{HELD}")]);
+    let Some(mut server) = as_process_one("true", &command) else { return };
     notes.poke(&server, "first\n");
     server.echo("second\n");
-    wait_for_children(pid, 1);
+    wait_for_children(&server, 1);
     thread::sleep(ms(200));
     assert_eq!(notes.lines(), ["begin first"]);
     notes.release();
     notes.wait_for("end second");
-    wait_for_children(pid, 2); // those who stay
-    kill_process(one, Signal::HUP).unwrap();
+    wait_for_children(&server, 2); // those who stay
+    server.signal(Signal::HUP);
     let exit = server.exited(ms(6000));
     assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
     assert_eq!(notes.lines(), ["begin first", "end first", "begin second", "end second"]);
@@ -544,13 +516,9 @@ fn reaps_without_a_command() {
     // (A shell would wait for its child.)
     let zombie = r#"exec perl -e '$SIG{CHLD} = sub { $ended = 1 }; fork or exit 8;
         select undef, undef, undef, 0.01 until $ended; exec @ARGV' "$0" "$@""#;
-    let elsewhere = [inherited, zombie].map(|setup| {
-        let server = start(program_after(setup, &POKED));
-        let pid = Pid::from_raw(server.id() as i32).unwrap();
-        (server, pid)
-    });
-    for (server, pid) in elsewhere.into_iter().chain(as_process_one(inherited, &program(&POKED))) {
-        wait_for_children(pid.as_raw_nonzero(), 0);
+    let elsewhere = [inherited, zombie].map(|setup| Server::found(after(setup, &program(POKED))));
+    for server in elsewhere.into_iter().chain(as_process_one(inherited, &program(POKED))) {
+        wait_for_children(&server, 0);
         server.echo("poke\n");
         assert_eq!(server.stderr.lines(), [""; 0]);
     }
@@ -562,12 +530,12 @@ fn reaps_without_a_command() {
 fn run_is_over_when_the_command_ends() {
     let setup = "(while [ -d \"$D\" ] && [ ! -e \"$D/go\" ]; do sleep 0.02; done; exit 7) & true";
     let stays = "(while [ -d \"$D\" ]; do sleep 0.02; done) & echo \"ran $SMOLRX_EVENT\"; exec >&- 2>&- <&-";
-    let (notes, server) = noted_after(setup, &[], &format!("{stays}\n{HELD}"));
+    let (notes, server) = noted_after(setup, "", &format!("{stays}\n{HELD}"));
     notes.poke(&server, "first\n");
     server.echo("second\n");
-    wait_for_children(server.id(), 2); // the inherited one and the run
+    wait_for_children(&server, 2); // the inherited one and the run
     fs::write(notes.name("go"), "").unwrap();
-    wait_for_children(server.id(), 1);
+    wait_for_children(&server, 1);
     (0..100).for_each(|_| server.signal(Signal::CHILD));
     thread::sleep(ms(200));
     assert_eq!(notes.lines(), ["begin first"]);
@@ -581,9 +549,9 @@ fn run_is_over_when_the_command_ends() {
 /// Three hundred runs, and as many that could not be started, leave no descriptor, memory or child behind.
 #[test]
 fn runs_leak_nothing() {
-    let (notes, server) = noted(&["-q", "--max-line", "300000"], NOTE);
+    let (notes, server) = noted("-q --max-line 300000", NOTE);
     notes.poke(&server, "x\n");
-    wait_for_children(server.id(), 0);
+    wait_for_children(&server, 0);
     let descriptors = server.descriptors();
     let memory_after = |runs: usize| {
         server.stderr.clear();
@@ -592,7 +560,7 @@ fn runs_leak_nothing() {
             server.echo(line_of(140_001));
             server.stderr.wait_for_count(i);
         }
-        wait_for_children(server.id(), 0);
+        wait_for_children(&server, 0);
         eventually(PATIENCE, "no descriptor is left", || server.descriptors() == descriptors);
         (server.memory_kb(), server.threads())
     };
@@ -600,12 +568,11 @@ fn runs_leak_nothing() {
     assert!(after.0 <= before.0 + 150 && after.1 == before.1, "{before:?} kB and threads, then {after:?}");
 }
 
-/// The end of each run is noticed at once and told, also of the shortest, and where the parent blocks
-/// SIGCHLD.
+/// The end of each run is noticed at once, also of the shortest, and where the parent blocks SIGCHLD.
 #[test]
 fn shortest_runs_are_noticed() {
     for setup in ["true", "exec env --block-signal=CHLD \"$0\" \"$@\""] {
-        let server = start(program_after(setup, &[&POKED[..], &TICKING, &["--", "false"]].concat()));
+        let server = Server::found(after(setup, &with_command(TICKING, &["false"])));
         server.stderr.wait_for_count(200);
         assert!(server.stderr.lines().iter().all(|line| line == "smolrx: the command exited with 1"));
     }
@@ -617,13 +584,12 @@ fn ignored_sigchld_holds_up_nothing() {
     for others in ["true", "while [ -d \"$D\" ]; do sleep 0.1; done > /dev/null 2>&1 &"] {
         // `env` comes last: a shell has a handler of its own.
         let setup = format!("{others}\nexec env --ignore-signal=CHLD \"$0\" \"$@\"");
-        let (notes, mut server) = noted_after(&setup, &[], NOTE);
+        let (notes, mut server) = noted_after(&setup, "", NOTE);
         for event in ["a", "b", "c"] {
             assert_eq!(notes.poke(&server, format!("{event}\n")), event);
         }
-        server.signal(Signal::TERM);
-        assert_eq!(server.exited(ms(6000)).code, Some(0), "beside {others}");
-        assert_eq!(notes.lines().len(), 3);
+        server.stop();
+        assert_eq!(notes.lines(), ["a", "b", "c"], "beside {others}");
     }
 }
 
@@ -653,7 +619,7 @@ fn command_that_cannot_be_started_ends_it() {
         (&[126, 127], "", &not_there),
     ] {
         for command in commands {
-            let mut server = start(with_command(&[], &[command, "--argument"]));
+            let mut server = Server::found(with_command("", &[command, "--argument"]));
             let port = server.echo("poke\n");
             let exit = server.exited(ms(6000));
             let what = format!("{command:.60}: {exit:?}");
@@ -665,13 +631,12 @@ fn command_that_cannot_be_started_ends_it() {
     }
 }
 
-/// A command that is there no more ends the server at the next event, and is tried for no later one, such as
-/// the one that the debounce holds.
+/// A command that is there no more ends the server at the next event, and is not tried for the pending one.
 #[test]
 fn missing_command_is_not_tried_again() {
     let notes = Notes::new();
     let script = notes.install("script", "755", format!("#!/bin/sh\n{HELD}"));
-    let mut server = start(notes.command("true", &["--debounce", "1500"], &[&script]));
+    let mut server = Server::found(notes.command("--debounce 1500", &[&script]));
     notes.poke(&server, "first\n");
     fs::remove_file(&script).unwrap();
     server.echo("second\n");
@@ -692,9 +657,8 @@ fn path_is_searched() {
         notes.install(&format!("{folder}/smolrx-tool"), mode, format!("#!/bin/sh\necho {folder}\n"));
     }
     let poked_with_path = |places: &str| {
-        let mut command = with_command(&[], &["smolrx-tool"]);
-        command.env("PATH", places).current_dir(notes.name(""));
-        let server = start(command);
+        let mut command = with_command("", &["smolrx-tool"]);
+        let server = Server::found(command.env("PATH", places).current_dir(notes.name("")));
         server.echo("poke\n");
         server
     };
@@ -716,7 +680,7 @@ fn path_is_searched() {
 /// An event is whole up to the system's limit, 128 KiB a variable; a longer one is told, and others are run.
 #[test]
 fn long_event_is_whole_or_told() {
-    let (notes, mut server) = noted(&["--max-line", "300000"], NOTE);
+    let (notes, mut server) = noted("--max-line 300000", NOTE);
     let fits = 131_072 - "SMOLRX_EVENT=\0".len();
     let line = |length: usize| -> String { ('a'..='z').cycle().take(length).collect() };
     let escaped = "\x7f".repeat(40_000); // six bytes for each
@@ -731,66 +695,28 @@ fn long_event_is_whole_or_told() {
     assert_eq!(notes.lines().len(), 3);
 }
 
-/// A run is left out, and that is told, for want of processes or memory, or while somebody writes the
-/// program.
+/// A run is left out and told for want of processes or memory, or while somebody writes the program.
 #[test]
 fn run_that_is_left_out_is_told() {
     let notes = Notes::new();
     let program = notes.install("program", "755", fs::read("/bin/sh").unwrap());
-    let mut server = start(notes.command("true", &[], &[&program, "-c", NOTE]));
+    let mut server = Server::found(notes.command("", &[&program, "-c", NOTE]));
     let is_told = |why: &str| server.stderr.wait_for(&format!("smolrx: cannot run {program}: {why}"));
     let writer = File::options().append(true).open(&program).unwrap();
     server.echo("busy\n");
     is_told("unexpected (error 26)");
     drop(writer);
 
-    let strace_with = |error: &str, target: &[&str]| {
-        let calls = "clone,clone3,fork,vfork";
-        let (trace, inject) = (format!("trace={calls}"), format!("inject={calls}:error={error}"));
-        let mut strace = Command::new("strace");
-        strace.args(["-qq", "-f", "-o", "/dev/null", "-e", &trace, "-e", &inject]).args(target);
-        strace
-    };
-    if let Some(reason) = refusal(&mut strace_with("ENOMEM", &["true"])) {
-        return skip(format!("no strace that injects the want of memory: {reason}"));
-    }
-    let pid = server.id().to_string();
-    let is_traced = || server.proc_field("status", "TracerPid:") != "0";
     for (error, why) in [("ENOMEM", "out of memory (error 12)"), ("EAGAIN", "no process is free (error 11)")]
     {
-        let mut strace = Process::spawn(strace_with(error, &["-p", &pid]));
-        eventually(PATIENCE, "strace has it", is_traced);
+        let Some(mut strace) = strace(&format!("clone,clone3,fork,vfork:error={error}")) else { return };
+        strace.arg("-f");
+        let strace = server.traced_by(strace);
         server.echo("meanwhile\n");
         is_told(why);
-        strace.signal(Signal::TERM);
-        strace.exited(PATIENCE);
-        eventually(PATIENCE, "strace has left it", || !is_traced());
+        drop(strace);
     }
     assert_eq!(notes.poke(&server, "after\n"), "after");
     server.stop();
     assert_eq!(notes.lines().len(), 1);
-}
-
-// ------------------------------------------------------------- commands that misbehave
-
-/// A command that makes the output non-blocking, as some leave it, loses no line, and costs no time.
-#[test]
-fn output_made_nonblocking_loses_nothing() {
-    let (reader, writer) = io::pipe().unwrap();
-    let mut command = with_command(&["--interval", "600000", "--keep-open"], &["true"]);
-    command.stdout(writer.try_clone().unwrap());
-    let mut server = Server::found(Process::spawn_with_stdout(command));
-    server.stdout = Transcript::of_paused(reader);
-    fcntl_setfl(&writer, fcntl_getfl(&writer).unwrap() | OFlags::NONBLOCK).unwrap();
-    drop(writer);
-    let mut floods = [(); 2].map(|()| Flood::new(server.connect(), true));
-    Flood::pump_until_stalled(&mut floods, ms(500));
-    costs_no_time(&server);
-    server.stdout.resume();
-    Flood::complete(&mut floods);
-    let exit = server.stop();
-    assert_eq!(exit.stderr, [""; 0]);
-    for flood in &floods {
-        assert_eq!(received(&exit.stdout, flood), flood.lines);
-    }
 }

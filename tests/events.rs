@@ -1,4 +1,4 @@
-//! What an event is: lines and ticks in a burst, no clock, blanks, byte order marks, and HTTP, which is none.
+//! What an event is: lines and ticks in a burst, no clock, and HTTP, which is none.
 
 mod common;
 
@@ -10,42 +10,28 @@ use std::time::Instant;
 
 // ------------------------------------------------------------- lines and ticks
 
-/// A lone poke is observed, whenever it comes between two ticks of the clock: here the defaults, a hundred
-/// times as fast.
+/// A lone poke is observed whenever it comes between two ticks: here the defaults, a hundred times as fast.
 #[test]
 fn every_lone_poke_is_observed() {
     const SERVERS: u32 = 20;
     const POKES: u32 = 6;
     let interval = ms(600); // and 60 ms of debounce
     let phase = interval / (SERVERS * POKES);
-    thread::scope(|scope| {
-        for number in 0..SERVERS {
-            scope.spawn(move || {
-                let mut server = Server::start(&["--interval", "600"]);
-                server.stdout.wait_for("Observing 0");
-                let start = Instant::now();
-                for poke in 0..POKES {
-                    // Each at a phase of its own.
-                    let due = start + interval * poke + phase * (SERVERS * poke + number);
-                    thread::sleep(due.saturating_duration_since(Instant::now()));
-                    server.echo(format!("poke {poke}\n"));
-                    server.stdout.wait_for(&format!("Observing poke {poke}"));
-                }
-                let exit = server.stop();
-                let pokes = observed(&exit.stdout).into_iter().filter(|event| event.starts_with("poke "));
-                assert_eq!(pokes.count(), POKES as usize, "server {number}: {:?}", exit.stdout);
-            });
+    at_once(0..SERVERS, |number| {
+        let mut server = Server::start("--interval 600");
+        server.stdout.wait_for("Observing 0");
+        let start = Instant::now();
+        for poke in 0..POKES {
+            // Each at a phase of its own.
+            let due = start + interval * poke + phase * (SERVERS * poke + number);
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            server.echo(format!("poke {poke}\n"));
+            server.stdout.wait_for(&format!("Observing poke {poke}"));
         }
+        let exit = server.stop();
+        let pokes = observed(&exit.stdout).into_iter().filter(|event| event.starts_with("poke "));
+        assert_eq!(pokes.count(), POKES as usize, "server {number}: {:?}", exit.stdout);
     });
-}
-
-/// A line within the burst of a tick takes its place, and the count goes on with the next tick.
-#[test]
-fn line_takes_the_place_of_a_tick() {
-    let server = Server::start(&["--interval", "3000", "--debounce", "1000"]);
-    server.echo("poke\n"); // in the burst of the tick at the start
-    server.stdout.wait_for("Observing 1");
-    assert_eq!(observed(&server.stdout.lines()), ["poke", "1"]);
 }
 
 /// Ticks prolong a burst as lines do. With a line in it, be it empty or a number, the burst is that line, and
@@ -53,7 +39,7 @@ fn line_takes_the_place_of_a_tick() {
 #[test]
 fn burst_of_ticks_is_its_last_unless_a_line_is_in_it() {
     let servers = [None, Some("7"), Some("")].map(|line| {
-        let server = Server::start(&["--interval", "50", "--debounce", "2000"]);
+        let server = Server::start("--interval 50 --debounce 2000");
         line.inspect(|line| _ = server.echo(format!("{line}\n")));
         (line, server)
     });
@@ -68,11 +54,10 @@ fn burst_of_ticks_is_its_last_unless_a_line_is_in_it() {
     }
 }
 
-/// With `--max-wait` a line among ticks that never pause is observed in time, and the next burst is ticks
-/// alone.
+/// With `--max-wait` a line among ticks that never pause is observed in time, and then the ticks are again.
 #[test]
 fn longest_wait_emits_the_line_among_ticks() {
-    let server = Server::start(&["--interval", "50", "--debounce", "100000", "--max-wait", "1000"]);
+    let server = Server::start("--interval 50 --debounce 100000 --max-wait 1000");
     server.echo("poke\n");
     // Usually it is in the first burst. A busy machine's clock leaves ticks out, and so counts no further.
     let (poke, tick) = server.stdout.wait_until("a tick behind the line", |lines| {
@@ -87,11 +72,11 @@ fn longest_wait_emits_the_line_among_ticks() {
 /// than a tenth of the interval or shorter; the last line is observed, once, and what is pending at the end.
 #[test]
 fn debounce_is_the_silence_that_ends_a_burst() {
-    let cases: [(&[&str], _, &[&str]); 4] = [
-        (&["--interval", "0"], 1000, &[]),
-        (&["--interval", "0", "--debounce", "500"], 500, &[]),
-        (&["--interval", "600000", "--debounce", "1000"], 1000, &["0"]),
-        (&["--interval", "9000", "--debounce", "1500"], 1500, &["0"]),
+    let cases: [(_, _, &[_]); 4] = [
+        ("--interval 0", 1000, &[]),
+        ("--interval 0 --debounce 500", 500, &[]),
+        ("--interval 600000 --debounce 1000", 1000, &["0"]),
+        ("--interval 9000 --debounce 1500", 1500, &["0"]),
     ];
     // Whether the machine was quick enough to prove it.
     let holds = |options, debounce, ticks: &[_]| {
@@ -120,71 +105,35 @@ fn debounce_is_the_silence_that_ends_a_burst() {
         }
         is_quick
     };
-    thread::scope(|scope| {
-        for (options, debounce, ticks) in cases {
-            scope.spawn(move || assert!((0..5).any(|_| holds(options, debounce, ticks)), "{options:?}"));
-        }
+    at_once(cases, |(options, debounce, ticks)| {
+        assert!((0..5).any(|_| holds(options, debounce, ticks)), "{options}");
     });
 }
 
 /// With `--interval 0` there is no clock: no event at the start, none later, and none at the end.
 #[test]
 fn no_clock_no_event() {
-    let cases: [&[&str]; 3] =
-        [&["--interval", "0"], &["--interval=0", "--debounce", "10"], &["--interval=0", "--max-wait", "10"]];
-    let mut servers = cases.map(Server::start);
-    thread::sleep(ms(1500));
-    for (server, options) in servers.iter_mut().zip(cases) {
+    let cases = ["--interval 0", "--interval=0 --debounce 10", "--interval=0 --max-wait 10"];
+    at_once(cases, |options| {
+        let mut server = Server::start(options);
+        thread::sleep(ms(1500));
         let exit = server.stop();
-        assert_eq!((exit.stdout.len(), exit.stderr.len()), (1, 0), "{options:?}: {exit:?}");
-    }
-}
-
-// ------------------------------------------------------------------- one line
-
-/// A line comes back byte for byte, and is shown and observed without the blanks and the byte order mark
-/// before it; what is no whole mark, or that of UTF-16, is shown as the bytes that it is.
-#[test]
-fn byte_order_mark_is_stripped_and_echoed() {
-    // Each line may have one: a script that starts anew for each line sends it.
-    let cases: [(&[u8], &str); 15] = [
-        (b"\n", ""),
-        (b"\r\n", ""),
-        (b"\xef\xbb\xbffoo\n", "foo"),
-        (b"\xef\xbb\xbffoo\r\n", "foo"),
-        (b"\xef\xbb\xbf foo \n", "foo"),
-        (b" \xef\xbb\xbffoo\n", "foo"),
-        (b"\xef\xbb\xbf\n", ""),
-        (b"foo\xef\xbb\xbfbar\n", "foo\u{feff}bar"),
-        (b"\xef\xbb\xbffoo\xef\xbb\xbfbar\n", "foo\u{feff}bar"),
-        (b"\xef\xbb\xbf\x1b[2J\n", r"\u{1b}[2J"),
-        (b"\xef\xbbfoo\n", "\u{fffd}foo"),
-        (b"\xffoo\n", "\u{fffd}oo"),
-        (b"\xff\xfefoo\n", "\u{fffd}\u{fffd}foo"),
-        (b"\xfe\xfffoo\n", "\u{fffd}\u{fffd}foo"),
-        ("\u{feff}naïve".as_bytes(), "naïve"),
-    ];
-    let mut server = Server::start(&calm(&["--keep-open"]));
-    let port = server.echo(cases.map(|(line, _)| line).concat());
-    let exit = server.stop();
-    assert_eq!(received_from(&exit.stdout, port), cases.map(|(_, shown)| shown));
-    assert_eq!(observed(&exit.stdout), ["naïve"]);
+        assert_eq!((exit.stdout.len(), exit.stderr.len()), (1, 0), "{options}: {exit:?}");
+    });
 }
 
 // ------------------------------------------------------------------------ HTTP
 
-/// Servers of all kinds for whom HTTP is the same.
-fn kinds() -> [Vec<&'static str>; 3] {
-    [calm(&[]), calm(&["--keep-open"]), calm(&["--max-line", "100"])]
-}
+/// The options of servers of all kinds, for whom HTTP is the same.
+const KINDS: [&str; 3] = ["", "--keep-open", "--max-line 100"];
 
 /// An HTTP request is no event, also in pieces or if it ends with the connection instead of a newline:
 /// nothing is printed or echoed, the client gets a `400`, and a message on stderr says who sent it and what
 /// to send.
 #[test]
 fn http_request_is_no_event() {
-    let lines = "GET / HTTP/1.1|GET / HTTP/1.0|HEAD / HTTP/1.1|OPTIONS * HTTP/1.1|CONNECT example.com:443 HTTP/1.1|\
-        PROPFIND /x HTTP/1.1|X /%20?a=b#c HTTP/1.1|GET http://localhost:8888/ HTTP/1.1";
+    let lines = "GET / HTTP/1.1|GET / HTTP/1.0|HEAD / HTTP/1.1|OPTIONS * HTTP/1.1|\
+        CONNECT example.com:443 HTTP/1.1|PROPFIND /x HTTP/1.1|X /%20?a=b#c HTTP/1.1|GET http://localhost:8888/ HTTP/1.1";
     // What follows, and where the line is cut.
     let requests = [
         ("", 0),
@@ -194,8 +143,8 @@ fn http_request_is_no_event() {
         ("\r\nHost: x\r\n\r\n", 0),
         ("\r\nContent-Length: 9\r\n\r\none\ntwo\nthree\n", 0),
     ];
-    for options in kinds() {
-        let mut server = Server::start(&options);
+    for options in KINDS {
+        let mut server = Server::calm(options);
         let before = server.descriptors();
         let mut messages = vec![];
         for (line, (rest, cut)) in lines.split('|').flat_map(|line| requests.map(|request| (line, request))) {
@@ -226,8 +175,8 @@ fn http_request_is_no_event() {
 /// The answer arrives whole although the body of the request is long, of one write, and read by nobody.
 #[test]
 fn answer_arrives_whole_beside_a_large_body() {
-    for options in kinds() {
-        let mut server = Server::start(&options);
+    for options in KINDS {
+        let mut server = Server::calm(options);
         for size in [100, 5_000, 100_000, 3_000_000].repeat(5) {
             let mut client = server.connect();
             let request = format!("POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n");
@@ -253,8 +202,8 @@ fn what_is_almost_http_is_a_line() {
         GET / HTTP/1.1 x|GET / x HTTP/1.1|GET /HTTP/1.1|G3T / HTTP/1.1|GET: / HTTP/1.1|GÉT / HTTP/1.1|\
         \"GET / HTTP/1.1\"|HTTP/1.1 200 OK|HTTP/1.1 400 Bad Request|\
         PROXY TCP4 192.0.2.1 192.0.2.2 5555 8888|deploy main HTTP/1.1|I SAID HTTP/1.1 twice";
-    for options in [calm(&[]), calm(&["--keep-open"])] {
-        let mut server = Server::start(&options);
+    for options in &KINDS[..2] {
+        let mut server = Server::calm(options);
         let ports: Vec<u16> = lines.split('|').map(|line| server.echo(format!("{line}\r\n"))).collect();
         let exit = server.stop();
         for (line, port) in lines.split('|').zip(ports) {
@@ -265,8 +214,7 @@ fn what_is_almost_http_is_a_line() {
     }
 }
 
-/// curl says what to do, for a GET and for a POST of any size, and with `--fail` it fails; over `telnet://`
-/// it pokes.
+/// curl says what to do, for a GET and for a POST of any size, fails with `--fail`, and pokes by `telnet://`.
 #[test]
 fn curl_says_something() {
     if let Some(reason) = refusal(Command::new("curl").arg("--version")) {
@@ -278,8 +226,8 @@ fn curl_says_something() {
         (output.status.code(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
     };
     let requests = ["", "--http1.0", "-d foo", "-H Expect: --data-binary @-"];
-    for options in kinds() {
-        let mut server = Server::start(&options);
+    for options in KINDS {
+        let mut server = Server::calm(options);
         let address = server.loopback();
         for request in requests {
             for (fails, status) in [("", 0), ("--fail-with-body", 22)] {

@@ -10,48 +10,39 @@ use std::time::Instant;
 /// It says where it serves, and serves there.
 #[test]
 fn serves_where_it_says() {
-    let server = Server::start(&["--tcp-port", "0", CALM[0], CALM[1]]);
+    let server = Server::of(program(&calm("--tcp-port 0")));
     assert_ne!(server.address.port(), 0);
     server.echo("foo\n");
 }
 
-/// A line comes back as it was sent, accents and line ending included, and is shown and observed without the
-/// blanks at its ends; a connection leaves three lines, in this order.
+/// A line comes back as it was sent, accents and line ending included, and the connection is closed; it is shown
+/// and observed without the blanks at its ends, and a connection leaves three lines, in this order.
 #[test]
 fn line_comes_back_as_sent_and_is_shown_stripped() {
     for (line, shown) in
         [("foo\n", "foo"), ("foo\r\n", "foo"), ("  foo bar \t \n", "foo bar"), ("naïve ✓ 🦀\n", "naïve ✓ 🦀")]
     {
-        let mut server = Server::start(&CALM);
-        let [received, sent, close] = conversation(shown, server.echo(line));
+        let mut server = Server::calm("");
+        let mut client = server.connect();
+        client.send(line);
+        assert_eq!(client.rest(), line.as_bytes());
         server.stdout.wait_for(CLOSE);
-        assert_eq!(server.stop().stdout[1..], [received, sent, close, format!("Observing {shown}")]);
+        server.stop().tells_of(shown, client.port());
     }
-}
-
-/// A whole line is answered and the connection closed, though the client would go on sending.
-#[test]
-fn closes_the_connection_by_itself() {
-    let server = Server::start(&CALM);
-    let mut client = server.connect();
-    client.send("foo\n");
-    assert_eq!(client.rest(), b"foo\n");
 }
 
 /// A last line without a newline counts once the client has ended its sending side.
 #[test]
 fn last_line_without_newline_counts() {
-    let mut server = Server::start(&CALM);
+    let mut server = Server::calm("");
     let port = server.echo("foo");
-    let exit = server.stop();
-    assert_eq!(exit.stdout[1..4], conversation("foo", port));
-    assert_eq!(observed(&exit.stdout), ["foo"]);
+    server.stop().tells_of("foo", port);
 }
 
 /// A received line is observed, stripped, when nothing else has come for a tenth of the interval.
 #[test]
 fn observes_a_line_after_the_debounce() {
-    let server = Server::start(&["--interval", "4000"]);
+    let server = Server::start("--interval 4000");
     // Now it is a long time to the clock's next tick, which would take the line's place.
     server.stdout.wait_for("Observing 0");
     let sent = Instant::now();
@@ -64,7 +55,7 @@ fn observes_a_line_after_the_debounce() {
 #[test]
 fn clock_ticks() {
     let started = Instant::now();
-    let server = Server::start(&["--interval", "700"]);
+    let server = Server::start("--interval 700");
     server.stdout.wait_for("Observing 2");
     let elapsed = started.elapsed();
     assert_eq!(server.stdout.lines()[1..], ["Observing 0", "Observing 1", "Observing 2"]);
@@ -74,7 +65,7 @@ fn clock_ticks() {
 /// Of lines in quick succession only the last is observed.
 #[test]
 fn burst_is_debounced_to_its_last() {
-    let server = Server::start(&["--interval", "15000"]);
+    let server = Server::start("--interval 15000");
     server.stdout.wait_for("Observing 0");
     for line in ["a\n", "b\n", "c\n", "d\n", "e\n"] {
         server.echo(line);
@@ -83,23 +74,16 @@ fn burst_is_debounced_to_its_last() {
     assert_eq!(observed(&server.stdout.lines()), ["0", "e"]);
 }
 
-/// SIGTERM and SIGINT flush what is pending, and the exit code is 0.
+/// SIGTERM and SIGINT flush what is pending, a line or else the clock's first tick, and the exit code is 0.
 #[test]
 fn signals_flush_the_pending_value() {
     for signal in [Signal::TERM, Signal::INT] {
-        let mut server = Server::start(&CALM);
+        let mut server = Server::calm("");
         let port = server.echo("foo\n");
         server.signal(signal);
         let exit = server.exited(PATIENCE);
         assert_eq!(exit.code, Some(0), "{exit:?}");
-        let [received, send, close] = conversation("foo", port);
-        assert_eq!(exit.stdout[1..], [received, send, close, "Observing foo".into()]);
+        exit.tells_of("foo", port);
     }
-}
-
-/// When nobody has sent anything, the clock's first tick is what is pending.
-#[test]
-fn signal_flushes_the_clock() {
-    let mut server = Server::start(&CALM);
-    assert_eq!(server.stop().stdout[1..], ["Observing 0"]);
+    assert_eq!(Server::calm("").stop().stdout[1..], ["Observing 0"]);
 }

@@ -10,7 +10,6 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -22,7 +21,7 @@ use std::time::{Duration, Instant, SystemTime};
 /// sending the timeout frees them all.
 #[test]
 fn slow_clients_hold_nobody_up() {
-    let mut server = Server::start(&calm(&["--max-conns", "4096", "--timeout", "3000"]));
+    let mut server = Server::calm("--max-conns 4096 --timeout 3000");
     let before = server.descriptors();
     let mut slow = server.clients(2000, "");
     eventually(PATIENCE, "2,000 clients are connected", || server.descriptors() >= before + slow.len());
@@ -49,8 +48,7 @@ fn slow_clients_hold_nobody_up() {
 #[test]
 fn long_echo_holds_nobody_up() {
     // No text for stdout, which clients wait for.
-    let options = calm_on_loopback(&["--quiet", "--max-line", "40000000"]);
-    let server = Server::found(Process::spawn(program(&options)));
+    let server = Server::found(calm_on_loopback("--quiet --max-line 40000000"));
     let line = line_of(30_000_000);
     let mut client = server.connect_with_small_window();
     let before = server.activity().0;
@@ -104,9 +102,6 @@ fn beside_quick_round_trips(address: SocketAddr, body: impl FnOnce()) {
 /// is some, and a warning says why it waited.
 #[test]
 fn client_that_cannot_be_watched_is_served() {
-    if let Some(reason) = refusal(Command::new("strace").args(["-o", "/dev/null", "true"])) {
-        return skip(format!("no strace: {reason}"));
-    }
     for (error, words) in [("ENOMEM", "out of memory (error 12)"), ("ENOSPC", "no storage space (error 28)")]
     {
         let warning = format!("smolrx: cannot wait for a client: {words}; trying again");
@@ -115,12 +110,11 @@ fn client_that_cannot_be_watched_is_served() {
         let hit = (1..=8).cycle().take(40).any(|number| {
             let scratch = Scratch::new();
             let log = scratch.file("log");
-            let mut server = Server::start(&CALM);
-            let inject = format!("inject=epoll_ctl:error={error}:when={number}");
-            let mut command = Command::new("strace");
-            command.args(["-qq", "-p", &server.id().to_string(), "-e", &inject, "-o"]).arg(&log);
-            let tracer = Process::spawn(command);
-            eventually(PATIENCE, "the server is traced", || server.proc_field("status", "TracerPid:") != "0");
+            let mut server = Server::calm("");
+            let injection = format!("epoll_ctl:error={error}:when={number}");
+            let Some(mut strace) = strace(&injection) else { return true };
+            strace.arg("-o").arg(&log);
+            let tracer = server.traced_by(strace);
             let mut client = server.connect();
             client.send("fo");
             thread::sleep(ms(100)); // now the server waits for the rest
@@ -150,9 +144,9 @@ fn sigterm_at_random_moments() {
     let seed = setting("SMOLRX_SEED", u64::from(now.subsec_nanos()));
     for round in 0..setting("SMOLRX_SIGTERMS", 20) {
         let (keep_open, what) = (round % 2 == 0, format!("SMOLRX_SEED={seed}, round {round}"));
-        let mut options = vec!["--interval", if round % 4 < 2 { "10" } else { "600000" }];
-        options.extend(keep_open.then_some("--keep-open"));
-        let mut server = Server::start(&options);
+        let interval = if round % 4 < 2 { 10 } else { 600_000 };
+        let keep_open_or_not = if keep_open { "--keep-open" } else { "" };
+        let mut server = Server::start(&format!("--interval {interval} {keep_open_or_not}"));
         let random = seed.wrapping_add(round).wrapping_mul(6364136223846793005) >> 33;
         let moment = Duration::from_micros(random % 150_000);
         let (address, lines, talk) =
@@ -183,7 +177,7 @@ fn sigterm_at_random_moments() {
         let received = exit.stdout.iter().rev().find_map(|line| line.strip_prefix("Send: "));
         let flushed = received.is_none_or(|line| line == event) || event.parse::<u64>().is_ok();
         assert!(flushed, "{what}: the pending value is not flushed");
-        assert!(options[1] == "10" || exit.stdout.last().unwrap().starts_with("Observing "), "{what}");
+        assert!(interval == 10 || exit.stdout.last().unwrap().starts_with("Observing "), "{what}");
     }
 }
 
@@ -212,8 +206,7 @@ fn has_talked(name: &str, address: SocketAddr, lines: usize, talk: &Talk) -> io:
 /// After a long time under every kind of client, memory and descriptors are what they were before.
 #[test]
 fn soak_leaves_nothing_behind() {
-    let mut server =
-        Server::start(&["--interval", "50", "--keep-open", "--timeout", "2000", "--max-line", "4096"]);
+    let mut server = Server::start("--interval 50 --keep-open --timeout 2000 --max-line 4096");
     let rest = server.descriptors();
     // Until every buffer has had its largest size, and the allocator keeps no more than it does.
     let mut memory = 0;
@@ -263,7 +256,7 @@ fn abuse(server: &Server, time: Duration) -> usize {
 /// One client; the kinds take turns. A client that is to stay idle is handed back.
 fn one_of_every_kind(server: &Server, number: usize) -> Option<Client> {
     let mut client = server.connect();
-    let kind = number % 11;
+    let kind = number % 12;
     let (sent, times): (&[u8], _) = [
         (&b"one line\n"[..], 1),
         (b"pipelined\n", 50),
@@ -275,6 +268,7 @@ fn one_of_every_kind(server: &Server, number: usize) -> Option<Client> {
         (b"x", 4097), // too long by one
         (b"idle in mid-li", 1),
         (b"", 0),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 1),
         (b"gone after the echo\n", 1),
     ][kind];
     let sent = sent.repeat(times);
@@ -288,6 +282,7 @@ fn one_of_every_kind(server: &Server, number: usize) -> Option<Client> {
         5 | 6 | 9 => client.reset(),
         7 => assert_eq!(client.until_closed(), b""),
         8 => return Some(client),
+        10 => assert_eq!(client.rest(), BAD_REQUEST),
         _ => {
             client.expect(&sent);
             client.reset();

@@ -27,7 +27,7 @@ use std::pin::pin;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BAD_REQUEST, CLOSE, PATIENCE, calm, conversation, is_hostile, ms, observed, setting, shown};
+use common::{BAD_REQUEST, CLOSE, PATIENCE, conversation, is_hostile, ms, observed, setting, shown};
 use futures_lite::{StreamExt, future};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
@@ -102,17 +102,15 @@ fn inputs(
     })
 }
 
-impl Input {
-    fn options(&self) -> String {
-        let keep_open = if self.keep_open { " --keep-open" } else { "" };
-        format!("--max-line {}{keep_open}", self.max_line)
-    }
+fn options(keep_open: bool, max_line: usize) -> String {
+    let keep_open = if keep_open { " --keep-open" } else { "" };
+    format!("--max-line {max_line}{keep_open}")
 }
 
 /// The options, then the chunks, in which `x{100}` is a hundred of them.
 impl fmt::Debug for Input {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{}", self.options())?;
+        write!(f, "{}", options(self.keep_open, self.max_line))?;
         self.chunks.iter().try_for_each(|chunk| {
             let runs = chunk.chunk_by(|a, b| a == b).map(|run| match run.len() {
                 ..5 => run.escape_ascii().to_string(),
@@ -244,13 +242,12 @@ async fn talk(server: &'static Server, input: &Input) -> Outcome {
 
 // ---------------------------------------------------------------- the tests
 
-/// What a client gets, what is printed and what is observed is what a plain model says, whatever the bytes
-/// are.
+/// Whatever the bytes are, what a client gets, what is printed and what is observed is what the model says.
 #[test]
 fn bytes_become_text_as_the_model_says() {
     let servers = RefCell::new(HashMap::new());
     let check = |input: &Input| {
-        let options = input.options();
+        let options = options(input.keep_open, input.max_line);
         // One that has panicked is not used again.
         let server = servers.borrow_mut().remove(&options).unwrap_or_else(|| start(&options));
         let mut outcome = smol::block_on(talk(server, input));
@@ -278,9 +275,8 @@ fn bytes_over_tcp_become_text_as_the_model_says() {
     for (keep_open, max_line) in [(true, 2048), (false, 2048), (true, 12)] {
         let inputs = inputs(Just(keep_open), Just(max_line));
         let pauses = prop::collection::vec(prop_oneof![3 => Just(0), 1 => 1..4u64], 7);
-        let longest = max_line.to_string();
-        let options = [&["--max-line", &*longest], &["--keep-open"][..usize::from(keep_open)]].concat();
-        let mut server = common::Server::start(&calm(&options));
+        let options = options(keep_open, max_line);
+        let mut server = common::Server::calm(&options);
         let latest = RefCell::new(String::from("0"));
         fuzz(setting("SMOLRX_FUZZ", 2) / 3, 120, (inputs, pauses), |(input, pauses)| {
             let outputs = [&server.stdout, &server.stderr];
@@ -330,6 +326,7 @@ const CASES: &[(bool, usize, &[&[u8]])] = &[
     (true, 12, &[b"xxxxxxxxxxx", b"\nxxxxxxxxxx\r", b"\n"]),
     (true, 12, &[b"foo\n", &[b'x'; 12], b"\n"]),
     (true, 2048, &[b"\xc3", b"\xa9 \xe2", b"\x80", b"\xae \xf0\x9f", b"\x98\x80\n"]),
+    (true, 2048, &[b"\xef\xbb\xbffoo\r\n\xef\xbb\xbfbar\n\xef\xbb\xbf"]),
     (true, 2048, &[b"\xef", b"\xbb", b"\xbffoo\nG", b"ET / HTTP/1.", b"1\r\nHost: x\r\n\r\n"]),
     (true, 4096, &[&[b'x'; 4095], b"\n", &[b'x'; 4096], b"\n"]),
     (true, 65_536, &[&[b'\n'; 9000]]),

@@ -219,8 +219,7 @@ fn runs<T>(
 
 // ---------------------------------------------------------------- debounce
 
-/// `debounce` does what RxPY's `test_debounce` asks of it; at a tie the source goes first, as with RxPY's
-/// schedulers.
+/// `debounce` does what RxPY's `test_debounce` asks of it; at a tie the source goes first, as in RxPY.
 #[test]
 fn debounce_does_what_rxpy_tests() {
     check(
@@ -255,8 +254,7 @@ fn debounce_does_not_hide_an_item_behind_a_late_one() {
     assert_eq!(next(), Poll::Ready(Some(2)));
 }
 
-/// With a longest wait, a burst that never pauses gives out its latest item at least so often; what comes
-/// next begins a burst of its own.
+/// With a longest wait, a burst that never pauses gives out its latest item so often, and a new one begins.
 #[test]
 fn debounce_gives_out_the_latest_item_after_the_longest_wait() {
     check(
@@ -360,8 +358,7 @@ fn timer_ticks_after_the_delay_and_then_each_period() {
     }
 }
 
-/// RxPY's rule for a timer that is late: the count goes on one by one; once a tick is missed, the period
-/// starts anew.
+/// A timer that is late counts on one by one, and once it has missed a tick starts the period anew, as in RxPY.
 #[test]
 fn timer_does_not_make_up_for_missed_ticks() {
     let time = VirtualTime::new();

@@ -29,9 +29,9 @@ const OPTIONS: [(&str, &str); 13] = [
 /// stderr that ends with a hint at `--help`. Returns that line without its beginning and its end.
 #[track_caller]
 fn refusal_of(options: &[impl AsRef<OsStr>]) -> String {
-    let mut command = program(&[]);
+    let mut command = program("");
     command.args(options);
-    let exit = Process::spawn(command).exited(PATIENCE);
+    let exit = run(command);
     let short = |line: &String| line.chars().take(400).collect::<String>();
     let said: Vec<String> = exit.stderr.iter().take(5).map(short).collect();
     assert_eq!((exit.code, exit.stdout.len(), exit.stderr.len()), (Some(2), 0, 1), "{said:?}");
@@ -47,7 +47,7 @@ fn refusal_of(options: &[impl AsRef<OsStr>]) -> String {
 #[test]
 fn help_lists_every_option_in_order() {
     for option in ["-h", "--help"] {
-        let exit = run(&[option]);
+        let exit = run(program(option));
         assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
         let widest = exit.stdout.iter().map(|line| line.chars().count()).max();
         assert!(widest <= Some(80), "wider than a terminal: {widest:?}");
@@ -69,7 +69,7 @@ fn help_lists_every_option_in_order() {
 #[test]
 fn version() {
     for option in ["-V", "--version"] {
-        let exit = run(&[option]);
+        let exit = run(program(option));
         assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
         assert_eq!(exit.stdout, [concat!("smolrx ", env!("CARGO_PKG_VERSION"))]);
     }
@@ -80,12 +80,11 @@ fn version() {
 #[test]
 fn help_and_version_win_over_what_follows() {
     for first in ["-h", "--help", "-V", "--version"] {
-        let alone = run(&[first]).stdout;
+        let alone = run(program(first)).stdout;
         for rest in ["--frobnicate", "--interval", "--tcp-port x", "--", "-h", "-V", "x"] {
-            let rest: Vec<&str> = rest.split(' ').collect();
-            let exit = run(&[&["--keep-open", first], &rest[..]].concat());
-            assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{first} {rest:?}: {exit:?}");
-            assert_eq!(exit.stdout, alone, "{first} {rest:?}");
+            let exit = run(program(&format!("--keep-open {first} {rest}")));
+            assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{first} {rest}: {exit:?}");
+            assert_eq!(exit.stdout, alone, "{first} {rest}");
         }
         assert_eq!(refusal_of(&["--frobnicate", first]), "unknown option '--frobnicate'");
         assert_eq!(
@@ -93,7 +92,7 @@ fn help_and_version_win_over_what_follows() {
             format!("option '--tcp-port' takes a whole number from 0 to 65535, not '{first}'")
         );
         // Not stopped, but killed: the command must not run.
-        Server::start(&calm(&["--", first]));
+        Server::calm(&format!("-- {first}"));
     }
 }
 
@@ -112,7 +111,7 @@ fn last_value_counts_in_either_form() {
         let [together, apart_first] =
             [format!("{others} {}", apart(&values)), format!("{} {values}", apart(others))];
         for options in [apart(&values), values, together, apart_first] {
-            let mut server = Server::start(&options.split(' ').collect::<Vec<_>>());
+            let mut server = Server::start(&options);
             assert_eq!(server.address.ip().to_string(), "127.0.0.1");
             assert_ne!(server.address.port(), 1);
             server.stdout.wait_for("Observing 3");
@@ -139,7 +138,7 @@ fn values_at_the_ends_of_their_range() {
         --max-conns 4294967295|--max-line 4294967294|--timeout 4294967295";
     let all = largest.replace('|', " ");
     for options in smallest.split('|').chain(largest.split('|')).chain([&*all]) {
-        let mut server = Server::start(&options.split(' ').collect::<Vec<_>>());
+        let mut server = Server::start(options);
         if options != "--timeout 1" {
             // One that can be served in a millisecond and has only a byte.
             server.echo("\n");
@@ -193,19 +192,16 @@ fn values_out_of_their_range_are_refused() {
 /// was meant; so does a value that is wrong although a right one follows.
 #[test]
 fn wrong_options_are_named_as_typed() {
-    // The arguments are parted by a blank.
-    let cases: [(&[u8], &str); 34] = [
-        (b"--frobnicate", "unknown option '--frobnicate'"),
-        (b"--frobnicate=3", "unknown option '--frobnicate'"),
+    // The arguments are parted by a blank, command lines with the same message by `|`.
+    let cases: [(&[u8], &str); 27] = [
+        (b"--frobnicate|--frobnicate=3", "unknown option '--frobnicate'"),
         (b"--tcp-port 0 --Interval 50", "unknown option '--Interval'"),
         (b"--interva 50", "unknown option '--interva'"),
         (b"--intervals=50", "unknown option '--intervals'"),
         (b"---interval 50", "unknown option '---interval'"),
         (b"-x", "unknown option '-x'"),
         (b"-", "unknown option '-'"),
-        (b"--port 8888", "unknown option '--port'; did you mean --tcp-port?"),
-        (b"--port=8888", "unknown option '--port'; did you mean --tcp-port?"),
-        (b"--port", "unknown option '--port'; did you mean --tcp-port?"),
+        (b"--port 8888|--port=8888|--port", "unknown option '--port'; did you mean --tcp-port?"),
         (b"-p 8888", "unknown option '-p'; did you mean --tcp-port?"),
         (b"-qV", "unknown option '-qV'; give short options one by one"),
         (b"-hq", "unknown option '-hq'; give short options one by one"),
@@ -213,17 +209,13 @@ fn wrong_options_are_named_as_typed() {
         (b"-interval 50", "unknown option '-interval'; give short options one by one"),
         (b"-q=1", "unknown option '-q=1'; give short options one by one"),
         (b"./sync.sh", "unexpected argument './sync.sh'; a command follows '--'"),
-        (b"--keep-open 8888", "unexpected argument '8888'; a command follows '--'"),
+        (b"--keep-open 8888|--health 8888", "unexpected argument '8888'; a command follows '--'"),
         (b"--interval 50  --tcp-port 0", "unexpected argument ''; a command follows '--'"),
-        (b"--health 8888", "unexpected argument '8888'; a command follows '--'"),
         (b"--keep-open=yes", "option '--keep-open' takes no value"),
-        (b"--quiet=1", "option '--quiet' takes no value"),
-        (b"--quiet=", "option '--quiet' takes no value"),
+        (b"--quiet=1|--quiet=", "option '--quiet' takes no value"),
         (b"--health=8888", "option '--health' takes no value"),
         (b"--=./sync.sh ./sync.sh", "option '--' takes no value"),
-        (b"--", "no command follows '--'"),
-        (b"-q --", "no command follows '--'"),
-        (b"--health --", "no command follows '--'"),
+        (b"--|-q --|--health --", "no command follows '--'"),
         (
             b"--timeout 2s --timeout 2000",
             "option '--timeout' takes a whole number of milliseconds from 1 to 4294967295, not '2s'",
@@ -233,9 +225,11 @@ fn wrong_options_are_named_as_typed() {
         (b"-q -\xff\x1b", "unknown option '-\u{fffd}\\u{1b}'; give short options one by one"),
         (b"-q --\xff=1", "unknown option '--\u{fffd}'"),
     ];
-    for (options, message) in cases {
-        let arguments: Vec<_> = options.split(|&byte| byte == b' ').map(OsStr::from_bytes).collect();
-        assert_eq!(refusal_of(&arguments), message);
+    for (command_lines, message) in cases {
+        for line in command_lines.split(|&byte| byte == b'|') {
+            let arguments: Vec<_> = line.split(|&byte| byte == b' ').map(OsStr::from_bytes).collect();
+            assert_eq!(refusal_of(&arguments), message);
+        }
     }
     assert_eq!(refusal_of(&["--quiet "]), "unknown option '--quiet '");
     for (option, _) in OPTIONS.iter().filter(|(_, default)| !default.is_empty()) {
@@ -282,10 +276,8 @@ fn debounce_that_starves_is_warned_of() {
     let warning = "smolrx: --debounce is not below --interval: without --max-wait, no burst ever ends";
     for (options, warnings) in [(warned, &[warning][..]), (silent, &[])] {
         for options in options.split('|') {
-            let mut command = program(&["--tcp-port", "0", "--bind", "127.0.0.1"]);
-            command.args(options.split(' '));
             let started = Instant::now();
-            let mut server = Server::found(Process::spawn(command));
+            let mut server = Server::found(program(&format!("--tcp-port 0 --bind 127.0.0.1 {options}")));
             server.stderr.wait_for_count(warnings.len());
             assert!(started.elapsed() < ms(5000), "{options}: after {:?}", started.elapsed());
             server.echo("foo\n");

@@ -9,8 +9,6 @@ use std::net::SocketAddr;
 use std::thread;
 use std::time::Instant;
 
-// ---------------------------------------------------------------- it listens
-
 /// `--bind` takes an IPv4 or IPv6 address, in brackets or without; the first line names the address and the
 /// port, clients of each family are served there, and are shown as they know themselves.
 #[test]
@@ -27,7 +25,7 @@ fn binds_to_an_address_of_either_family() {
         if bound.contains(':') && no_ipv6(bound) {
             continue;
         }
-        let server = Server::start(&calm(&options.split_whitespace().collect::<Vec<_>>()));
+        let server = Server::calm(options);
         let at = |ip: &str| SocketAddr::new(ip.parse().unwrap(), server.address.port());
         assert_eq!(server.stdout.lines()[0], format!("Serving on {}", at(bound)), "{options}");
         for ip in from {
@@ -43,7 +41,7 @@ fn binds_to_an_address_of_either_family() {
 /// gets one sentence on stderr and exit code 1; the other server goes on.
 #[test]
 fn address_that_cannot_be_had_is_one_sentence() {
-    let mut server = Server::start(&calm(&["--bind", "127.0.0.1"]));
+    let mut server = Server::calm("--bind 127.0.0.1");
     let port = server.address.port();
     // A machine without IPv6 has other words for the last one.
     let cases = [
@@ -57,23 +55,20 @@ fn address_that_cannot_be_had_is_one_sentence() {
         ),
     ];
     for (ip, port, address, reasons) in cases {
-        let exit = run(&["--bind", ip, "--tcp-port", &port.to_string()]);
+        let exit = run(program(&format!("--bind {ip} --tcp-port {port}")));
         assert_eq!((exit.code, exit.stdout.len(), exit.stderr.len()), (Some(1), 0, 1), "{exit:?}");
         let is_said =
             |words| exit.stderr[0].starts_with(&format!("smolrx: cannot listen on {address}: {words}"));
         assert!(reasons.iter().any(is_said), "{exit:?}");
     }
     let port = server.echo("foo\n");
-    assert_eq!(server.stop().stdout[1..4], conversation("foo", port));
+    server.stop().tells_of("foo", port);
 }
 
-// ---------------------------------------------------------------- each connection
-
-/// With `--keep-open` every line is answered at once, thousands sent together come back in order, and the
-/// close is printed once, at the end.
+/// With `--keep-open` lines are answered at once, thousands together in order, and the close is printed once.
 #[test]
 fn keep_open_serves_every_line_in_order() {
-    let server = Server::start(&calm(&["--keep-open"]));
+    let server = Server::calm("--keep-open");
     let mut client = server.connect();
     for line in ["one\n", "two\n", "\n", "three\n"] {
         client.send(line);
@@ -90,13 +85,12 @@ fn keep_open_serves_every_line_in_order() {
     assert_eq!(server.stdout.lines()[1..], shown.chain([CLOSE.into()]).collect::<Vec<_>>());
 }
 
-/// A connection is over when its line is answered, though the client leaves its own side open:
-/// nothing is held for it any more, however its bytes came.
+/// Nothing is held for a connection whose line is answered, though the client leaves its own side open.
 #[test]
 fn connection_ends_though_the_client_stays() {
     let line = b"abcdefg\n";
     for border in 1..line.len() {
-        let server = Server::start(&CALM);
+        let server = Server::calm("");
         let before = server.descriptors();
         let mut client = server.connect();
         client.send(&line[..border]);
@@ -111,7 +105,7 @@ fn connection_ends_though_the_client_stays() {
 /// A flood of lines does not hold up the clock, nor the clock the lines.
 #[test]
 fn flood_does_not_hold_up_the_clock() {
-    let server = Server::start(&["--interval", "50", "--keep-open"]);
+    let server = Server::start("--interval 50 --keep-open");
     let mut client = server.connect();
     let lines = "flood\n".repeat(300);
     let start = Instant::now();
@@ -131,20 +125,20 @@ fn flood_does_not_hold_up_the_clock() {
 /// A thousand clients at once each get exactly their own bytes, and the transcript accounts for every line.
 #[test]
 fn thousand_clients_at_once() {
-    raise_descriptor_limit();
-    for options in [&calm(&[])[..], &calm(&["--keep-open"])] {
-        let mut server = Server::start(options);
-        let mut clients: Vec<(Client, String)> =
-            (0..1000).map(|i| (server.connect(), format!("client {i} {}", "z".repeat(i + 1)))).collect();
-        clients.iter_mut().for_each(|(client, line)| client.send(line));
-        for (client, _) in clients.iter_mut().rev() {
+    let line = |port: u16| format!("client {port} {}", "z".repeat(usize::from(port % 1000) + 1));
+    for options in ["", "--keep-open"] {
+        let mut server = Server::calm(options);
+        let mut clients = server.clients(1000, "client ");
+        for client in clients.iter_mut().rev() {
+            client.send(&line(client.port())["client ".len()..]);
             client.send("\n");
             client.finish();
         }
         let mut expected = vec![];
-        for (client, line) in &mut clients {
+        for client in &mut clients {
+            let line = line(client.port());
             assert_eq!(String::from_utf8(client.rest()).unwrap(), format!("{line}\n"));
-            expected.extend(conversation(line, client.port()));
+            expected.extend(conversation(&line, client.port()));
         }
         let exit = server.stop();
         assert_eq!(exit.stderr, [""; 0]);
@@ -153,17 +147,15 @@ fn thousand_clients_at_once() {
         got.sort();
         expected.sort();
         assert!(got == expected, "the transcript differs from what was sent: {:?}", server.stdout);
-        assert!(clients.iter().any(|(_, line)| *last == format!("Observing {line}")), "{last}");
+        assert!(clients.iter().any(|c| *last == format!("Observing {}", line(c.port()))), "{last}");
     }
 }
 
-/// With `-q` or `--quiet` an event is a line of its own and nothing else: a tick, a line without the blanks
-/// at its ends, or nothing.
+/// With `-q` or `--quiet` events are all that is printed: ticks, and lines without the blanks at their ends.
 #[test]
 fn quiet_prints_bare_events() {
     for option in ["-q", "--quiet"] {
-        let options = calm_on_loopback(&[option, "--debounce", "50", "--keep-open"]);
-        let mut server = Server::found(Process::spawn(program(&options)));
+        let mut server = Server::found(calm_on_loopback(&format!("{option} --debounce 50 --keep-open")));
         server.stdout.wait_for_count(1);
         let mut client = server.connect();
         let lines = ["foo\n", "\n", "  two words\t\n", "\r\n"];
@@ -177,8 +169,6 @@ fn quiet_prints_bare_events() {
     }
 }
 
-// ---------------------------------------------------------------- what it asks for
-
 /// What is in a file already stays there, and what others add to it meanwhile, too.
 #[test]
 fn stdout_in_a_file_is_appended_to() {
@@ -186,23 +176,20 @@ fn stdout_in_a_file_is_appended_to() {
     let path = scratch.file("log");
     let mut file = File::create(&path).unwrap();
     file.write_all(b"before\n").unwrap();
-    let mut command = program(&calm_on_loopback(&[]));
-    command.stdout(file.try_clone().unwrap());
-    let mut process = Process::spawn_with_stdout(command);
-    let address = process.listening_address();
+    let mut server = Server::found(calm_on_loopback("").stdout(file.try_clone().unwrap()));
+    let address = server.address;
     let text = || fs::read_to_string(&path).unwrap();
     eventually(PATIENCE, "it says where it serves", || text().contains(&address.to_string()));
     file.write_all(b"meanwhile\n").unwrap();
-    process.stop();
+    server.stop();
     assert_eq!(text(), format!("before\nServing on {address}\nmeanwhile\nObserving 0\n"));
 }
 
-/// An idle server, with a clock or without, with idle connections or without, does not run at all between
-/// two ticks.
+/// An idle server, with a clock and connections or without, does not run at all between two ticks.
 #[test]
 fn idle_server_does_nothing() {
     let servers = [("12000", 3), ("0", 0)].map(|(interval, idle)| {
-        let server = Server::start(&["--interval", interval, "--keep-open"]);
+        let server = Server::start(&format!("--interval {interval} --keep-open"));
         let mut clients = Vec::from([(); 3].map(|()| server.connect()));
         clients[0].send("foo\n");
         clients[0].expect("foo\n");
@@ -211,16 +198,9 @@ fn idle_server_does_nothing() {
     });
     let at_rest = servers.each_ref().map(|(server, _)| {
         server.stdout.wait_for("Observing foo");
-        // Whatever the last event started comes to rest...
-        let mut before = server.activity();
-        eventually(ms(3000), "it comes to rest", || {
-            thread::sleep(ms(200));
-            let earlier = std::mem::replace(&mut before, server.activity());
-            earlier == before
-        });
-        before
+        server.comes_to_rest()
     });
-    // ...and nothing runs any more: a thread that makes a system call has to run for it.
+    // A thread that makes a system call has to run for it.
     thread::sleep(ms(2000));
     assert_eq!(servers.each_ref().map(|(server, _)| server.activity()), at_rest);
 }
@@ -228,6 +208,7 @@ fn idle_server_does_nothing() {
 /// At start the soft limit of descriptors is raised to the hard one.
 #[test]
 fn descriptor_limit_is_raised() {
-    let server = Server::start_after("ulimit -S -n 256; ulimit -H -n 1000", &CALM);
-    assert_eq!(server.descriptor_limits(), ("1000".into(), "1000".into()));
+    let server = Server::start_after("ulimit -S -n 256; ulimit -H -n 1000", &calm(""));
+    let limits = server.proc_field("limits", "Max open files");
+    assert_eq!(limits.split_whitespace().collect::<Vec<_>>(), ["1000", "1000", "files"]);
 }

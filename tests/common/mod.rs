@@ -9,7 +9,9 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcsetattr};
+use std::borrow::BorrowMut;
 use std::env;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -18,7 +20,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{self, Child, Command, Stdio};
+use std::process::{self, Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
@@ -27,9 +29,6 @@ use std::time::{Duration, Instant};
 /// How long a success may take on a slow, noisy machine before it counts as a failure.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A clock and a debounce so slow that only the flush at the end is observed.
-pub const CALM: [&str; 2] = ["--interval", "600000"];
-
 /// The transcript's line at the end of a connection.
 pub const CLOSE: &str = "Close the client socket";
 
@@ -37,14 +36,9 @@ pub const CLOSE: &str = "Close the client socket";
 pub const BAD_REQUEST: &[u8] =
     b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\nsend a line, for example by nc\n";
 
-/// These options, and a clock that keeps out of the way.
-pub fn calm<'a>(options: &[&'a str]) -> Vec<&'a str> {
-    [&CALM, options].concat()
-}
-
-/// The same, for a server that finds itself a port of the loopback interface.
-pub fn calm_on_loopback<'a>(options: &[&'a str]) -> Vec<&'a str> {
-    [&CALM[..], &["--bind", "127.0.0.1", "--tcp-port", "0"], options].concat()
+/// These options, with a clock and a debounce so slow that only the flush at the end is observed.
+pub fn calm(options: &str) -> String {
+    format!("--interval 600000 {options}")
 }
 
 /// A line of so many bytes, its ending included.
@@ -135,20 +129,54 @@ pub fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, check: impl Fn(T) + 
 
 // ---------------------------------------------------------------- the program
 
-/// The program under test with these options.
-pub fn program(options: &[&str]) -> Command {
-    let mut command = Command::new(binary());
-    command.args(options);
-    // glibc, like musl in the image: no second arena, which grows at a time of its own, nothing large kept.
-    command.env("MALLOC_ARENA_MAX", "1").env("MALLOC_MMAP_THRESHOLD_", "131072");
+/// For glibc, to be like musl: no second arena, which grows at a time of its own, and nothing large kept.
+pub const MALLOC: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("MALLOC_MMAP_THRESHOLD_", "131072")];
+
+/// A command whose output is collected, unless its caller says where else it goes.
+fn command(name: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(name);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
 
-/// The same, started by a shell after `setup`, for example `ulimit -n 64`.
-pub fn program_after(setup: &str, options: &[&str]) -> Command {
-    let mut command = Command::new("sh");
-    command.arg("-c").arg(format!("{setup}; exec \"$0\" \"$@\"")).arg(binary()).args(options);
+/// The program under test with these options, which are parted by blanks.
+pub fn program(options: &str) -> Command {
+    let mut command = command(binary());
+    command.args(options.split_whitespace()).envs(MALLOC);
     command
+}
+
+/// The same, with a calm clock and a port of the loopback interface that it finds itself.
+pub fn calm_on_loopback(options: &str) -> Command {
+    program(&calm(&format!("--bind 127.0.0.1 --tcp-port 0 {options}")))
+}
+
+/// A command that another one runs, as `env` or `strace` does, whose arguments it becomes.
+pub fn within(mut outer: Command, inner: &Command) -> Command {
+    outer.arg(inner.get_program()).args(inner.get_args());
+    outer.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    outer
+}
+
+/// A command that takes the place of a shell after `setup`, for example `ulimit -n 64`.
+pub fn after(setup: &str, inner: &Command) -> Command {
+    let mut shell = command("sh");
+    shell.args(["-c", &format!("{setup}; exec \"$0\" \"$@\"")]);
+    within(shell, inner)
+}
+
+/// A strace that injects, for example, `socket:error=EPERM:when=1`; none, and the test skipped, without it.
+pub fn strace(injection: &str) -> Option<Command> {
+    let injecting = |injection| {
+        let mut strace = command("strace");
+        strace.args(["-qq", "-o", "/dev/null", "-e", &format!("inject={injection}")]);
+        strace
+    };
+    if let Some(reason) = refusal(injecting("epoll_ctl:error=ENOMEM").arg("true")) {
+        skip(format!("no strace that injects: {reason}"));
+        return None;
+    }
+    Some(injecting(injection))
 }
 
 /// Whether this machine lacks the address `::1`; then it says what is skipped.
@@ -183,10 +211,10 @@ pub fn in_a_network_of_its_own(setup: &str, body: impl FnOnce() + Send) {
 }
 
 /// The program as process 1 of a PID namespace, as in a container, in the place of a shell that has run
-/// `setup`; and this process as seen from here. None, and the test skipped, where that can't be.
-pub fn as_process_one(setup: &str, command: &Command) -> Option<(Server, Pid)> {
+/// `setup`. None, and the test skipped, where that can't be.
+pub fn as_process_one(setup: &str, inner: &Command) -> Option<Server> {
     let unshare = |namespaces: &[&str]| {
-        let mut unshare = Command::new("unshare");
+        let mut unshare = command("unshare");
         unshare.args(namespaces).args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
         unshare
     };
@@ -195,30 +223,27 @@ pub fn as_process_one(setup: &str, command: &Command) -> Option<(Server, Pid)> {
         skip("no PID namespace");
         return None;
     };
-    let mut outer = unshare(way);
-    outer.args(["sh", "-c", &format!("{setup}; exec \"$0\" \"$@\"")]);
-    outer.arg(command.get_program()).args(command.get_args());
-    outer.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    let server = Server::of(Process::spawn(outer));
-    let children = server.tasks("children").concat();
-    let pid = children.trim();
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    assert!(status.contains(&format!("NSpid:\t{pid}\t1\n")), "not process 1: {status}");
-    Some((server, Pid::from_raw(pid.parse().unwrap()).unwrap()))
+    let mut server = Server::of(within(unshare(way), &after(setup, inner)));
+    let pid = server.tasks("children").concat().trim().parse().unwrap();
+    server.pid = Pid::from_raw(pid).unwrap();
+    assert_eq!(server.proc_field("status", "NSpid:"), format!("{pid}\t1"));
+    Some(server)
 }
 
 fn binary() -> PathBuf {
     env::var_os("SMOLRX_BIN").map_or_else(|| env!("CARGO_BIN_EXE_smolrx").into(), PathBuf::from)
 }
 
-/// Runs the program to its end, which must come by itself.
-pub fn run(options: &[&str]) -> Exit {
-    Process::spawn(program(options)).exited(PATIENCE)
+/// Runs a command to its end, which must come by itself.
+pub fn run(command: impl BorrowMut<Command>) -> Exit {
+    Process::spawn(command).exited(PATIENCE)
 }
 
 /// A running program whose output is collected; it is killed when dropped.
 pub struct Process {
     child: Child,
+    /// The program itself, where `child` is another that runs it.
+    pub pid: Pid,
     pub stdout: Transcript,
     pub stderr: Transcript,
 }
@@ -244,32 +269,15 @@ impl Exit {
 }
 
 impl Process {
-    pub fn spawn(mut command: Command) -> Self {
-        command.stdout(Stdio::piped());
-        Self::spawn_with_stdout(command)
-    }
-
-    /// As `spawn`, with the standard output that the command already has.
-    pub fn spawn_with_stdout(mut command: Command) -> Self {
-        command.stderr(Stdio::piped());
-        Self::spawn_with_output(command)
-    }
-
-    /// The same, with the standard error that it already has, too.
-    pub fn spawn_with_output(mut command: Command) -> Self {
-        command.stdin(Stdio::null());
-        let mut child = command.spawn().expect("the program under test starts");
+    pub fn spawn(mut command: impl BorrowMut<Command>) -> Self {
+        let mut child = command.borrow_mut().spawn().expect("the program under test starts");
         let stdout = child.stdout.take().map_or_else(|| Transcript::of(io::empty()), Transcript::of);
         let stderr = child.stderr.take().map_or_else(|| Transcript::of(io::empty()), Transcript::of);
-        Self { child, stdout, stderr }
+        Self { pid: Pid::from_child(&child), child, stdout, stderr }
     }
 
     pub fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).expect("the program is there to be signalled");
-    }
-
-    pub fn id(&self) -> u32 {
-        self.child.id()
+        kill_process(self.pid, signal).expect("the program is there to be signalled");
     }
 
     /// Stops it in its tracks, until it is woken.
@@ -278,6 +286,13 @@ impl Process {
         eventually(PATIENCE, "all its threads are stopped", || {
             self.tasks("stat").iter().all(|stat| stat.rsplit(") ").next().unwrap().starts_with('T'))
         });
+    }
+
+    /// Attaches a strace, until that is dropped.
+    pub fn traced_by(&self, mut strace: Command) -> Process {
+        let strace = Process::spawn(strace.args(["-p", &self.pid.to_string()]));
+        eventually(PATIENCE, "it is traced", || self.proc_field("status", "TracerPid:") != "0");
+        strace
     }
 
     /// Lets it go on.
@@ -289,20 +304,20 @@ impl Process {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// The exit code of a program that has ended; none if a signal killed it.
-    pub fn exit_code(&mut self) -> Option<i32> {
-        self.child.wait().unwrap().code()
-    }
-
-    /// Waits for the end, which must come within the deadline.
-    pub fn exited(&mut self, within: Duration) -> Exit {
+    /// Waits for the end, which must come within the deadline, though nobody may read the output.
+    pub fn status(&mut self, within: Duration) -> ExitStatus {
         let start = Instant::now();
         while self.is_running() {
             let said = (&self.stdout, &self.stderr);
             assert!(start.elapsed() < within, "still running after {within:?}\n{said:?}");
             thread::sleep(ms(2));
         }
-        let status = self.child.wait().unwrap();
+        self.child.wait().unwrap()
+    }
+
+    /// Waits for the end, which must come within the deadline, and for all that it has said.
+    pub fn exited(&mut self, within: Duration) -> Exit {
+        let status = self.status(within);
         self.stdout.resume();
         let (stdout, stderr) = (self.stdout.to_the_end(), self.stderr.to_the_end());
         Exit { code: status.code(), signal: status.signal(), stdout, stderr }
@@ -337,11 +352,11 @@ impl Process {
     // What /proc says of it.
 
     fn proc(&self, file: &str) -> PathBuf {
-        format!("/proc/{}/{file}", self.id()).into()
+        format!("/proc/{}/{file}", self.pid).into()
     }
 
     /// A file of each of its threads.
-    fn tasks(&self, file: &str) -> Vec<String> {
+    pub fn tasks(&self, file: &str) -> Vec<String> {
         let tasks = fs::read_dir(self.proc("task")).unwrap();
         tasks.map(|task| fs::read_to_string(task.unwrap().path().join(file)).unwrap()).collect()
     }
@@ -374,18 +389,11 @@ impl Process {
         let is_free = |number: &u64| !open.contains(&self.proc(&format!("fd/{number}")));
         let current = (0..).filter(is_free).nth(clients);
         let limit = Rlimit { current, maximum: current };
-        prlimit(Some(Pid::from_child(&self.child)), Resource::Nofile, limit).unwrap();
+        prlimit(Some(self.pid), Resource::Nofile, limit).unwrap();
     }
 
     pub fn threads(&self) -> u64 {
         self.proc_field("status", "Threads:").parse().unwrap()
-    }
-
-    /// The soft and the hard limit of open descriptors.
-    pub fn descriptor_limits(&self) -> (String, String) {
-        let field = self.proc_field("limits", "Max open files");
-        let mut words = field.split_whitespace().map(String::from);
-        (words.next().unwrap(), words.next().unwrap())
     }
 
     /// Time spent on a processor by all its threads, and how often they came to one.
@@ -403,9 +411,15 @@ impl Process {
         self.activity().0 - before
     }
 
-    /// The loopback address it listens on, for when it does not say.
-    pub fn listening_address(&self) -> SocketAddr {
-        SocketAddr::new(Ipv4Addr::LOCALHOST.into(), self.listening_port())
+    /// Waits until it does nothing any more, and answers with its `activity` so far.
+    pub fn comes_to_rest(&self) -> (Duration, u64) {
+        let mut before = self.activity();
+        eventually(ms(3000), "it comes to rest", || {
+            thread::sleep(ms(200));
+            let earlier = std::mem::replace(&mut before, self.activity());
+            earlier == before
+        });
+        before
     }
 
     /// The port it listens on, for when it does not say.
@@ -473,33 +487,36 @@ pub struct Server {
 
 impl Server {
     /// Starts it on a free port, and waits until it serves.
-    pub fn start(options: &[&str]) -> Self {
-        Self::start_with(options, program)
+    pub fn start(options: &str) -> Self {
+        Self::start_after("true", options)
     }
 
-    /// The same, started by a shell after `setup`.
-    pub fn start_after(setup: &str, options: &[&str]) -> Self {
-        Self::start_with(options, |options| program_after(setup, options))
+    /// The same, with a calm clock.
+    pub fn calm(options: &str) -> Self {
+        Self::start(&calm(options))
     }
 
-    fn start_with(options: &[&str], command: impl Fn(&[&str]) -> Command) -> Self {
+    /// The same as `start`, in the place of a shell that has run `setup`.
+    pub fn start_after(setup: &str, options: &str) -> Self {
         let port = Port::reserve();
-        let number = port.number().to_string();
-        let process = Process::spawn(command(&[&["--tcp-port", &number], options].concat()));
-        Self { _port: Some(port), ..Self::of(process) }
+        let program = program(&format!("--tcp-port {} {options}", port.number()));
+        Self { _port: Some(port), ..Self::of(after(setup, &program)) }
     }
 
-    /// A program that is about to say where it serves.
-    pub fn of(process: Process) -> Self {
+    /// Starts a server that says where it serves.
+    pub fn of(command: impl BorrowMut<Command>) -> Self {
+        let process = Process::spawn(command);
         let first = process.stdout.wait_until("its first line", |lines| lines.first().cloned());
         let address = first.strip_prefix("Serving on ").and_then(|address| address.parse().ok());
         let address = address.unwrap_or_else(|| panic!("not `Serving on ADDRESS:PORT`: {first}"));
         Self { process, address, _port: None }
     }
 
-    /// A program that serves on the loopback interface, and does not say where.
-    pub fn found(process: Process) -> Self {
-        Self { address: process.listening_address(), process, _port: None }
+    /// Starts a server on the loopback interface that need not say where it serves.
+    pub fn found(command: impl BorrowMut<Command>) -> Self {
+        let process = Process::spawn(command);
+        let address = (Ipv4Addr::LOCALHOST, process.listening_port()).into();
+        Self { process, address, _port: None }
     }
 
     /// The address at which a client on this machine reaches it.
@@ -549,6 +566,14 @@ impl Server {
         client.port()
     }
 
+    /// Asks it to stop and, once it does, a second time, which is to end it at once.
+    pub fn signal_twice(&self, first: Signal, second: Signal) {
+        self.signal(first);
+        self.refuses();
+        thread::sleep(ms(150)); // sooner, it would be the same signal
+        self.signal(second);
+    }
+
     /// Nobody is let in any more, and at once.
     pub fn refuses(&self) {
         eventually(ms(1500), "a new connection is refused", || {
@@ -560,15 +585,14 @@ impl Server {
 }
 
 /// The answer of `--health` for the server at a port of this machine.
-pub fn health(options: &[&str], port: u16) -> Exit {
-    let port = port.to_string();
-    run(&[options, &["--health", "--tcp-port", &port]].concat())
+pub fn health(options: &str, port: u16) -> Exit {
+    run(program(&format!("{options} --health --tcp-port {port}")))
 }
 
 /// Says that this server is healthy.
 #[track_caller]
 pub fn is_healthy(port: u16) {
-    let exit = health(&[], port);
+    let exit = health("", port);
     assert_eq!(exit.code, Some(0), "the health of port {port}: {exit:?}");
 }
 
@@ -791,14 +815,17 @@ impl Client {
 
     /// Waits until the server has accepted this client and read all that it has sent.
     pub fn is_taken(&self) {
+        eventually(PATIENCE, "the server reads what was sent", || self.is_read());
+    }
+
+    /// Whether it has done so by now.
+    pub fn is_read(&self) -> bool {
         let port = format!(":{:04X} ", self.port());
-        eventually(PATIENCE, "the server reads what was sent", || {
-            // The thread may be in a network of its own. State 01 is ESTABLISHED, inode 0 the backlog.
-            find_socket(Path::new("/proc/thread-self/net/tcp"), &port, |field| {
-                let ours = field[2].ends_with(port.trim_end()) && field[9] != "0";
-                ours.then(|| field[3] == "01" && field[4].ends_with(":00000000"))
-            }) == Some(true)
-        });
+        // The thread may be in a network of its own. State 01 is ESTABLISHED, inode 0 the backlog.
+        find_socket(Path::new("/proc/thread-self/net/tcp"), &port, |field| {
+            let ours = field[2].ends_with(port.trim_end()) && field[9] != "0";
+            ours.then(|| field[3] == "01" && field[4].ends_with(":00000000"))
+        }) == Some(true)
     }
 
     /// Sends nothing more.
