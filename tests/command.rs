@@ -323,6 +323,18 @@ fn transcript_goes_on_beside_the_output() {
     assert_eq!(exit.stderr, ["told foo"]);
 }
 
+/// What a run prints comes behind the line of its event, each time.
+#[test]
+fn output_comes_behind_its_event() {
+    let mut server = Server::of(with_command("--interval 10", &["echo", "ran"]));
+    server.stdout.wait_for_count(500);
+    let lines = server.stop().stdout;
+    let behind = |line: &str| lines.iter().skip_while(|other| *other != line).nth(1).cloned();
+    for event in observed(&lines) {
+        assert_eq!(behind(&format!("Observing {event}")).as_deref(), Some("ran"), "{event}");
+    }
+}
+
 /// A run that fails is told in a sentence, with `--quiet`, too, and is not repeated.
 #[test]
 fn failed_run_is_told() {

@@ -521,6 +521,22 @@ fn unfinished_lines_of_many_lengths_take_bounded_memory() {
     server.echo("last\n");
 }
 
+/// Clients that leave from between others, whose places are taken at once, leave no holes that nobody can use.
+#[test]
+fn every_second_client_that_leaves_takes_bounded_memory() {
+    let server = Server::calm("");
+    let unfinished = "x".repeat(2048);
+    in_bounded_memory(&server, || {
+        let mut clients = server.clients(1024, &unfinished);
+        for _ in 0..3 {
+            thread::sleep(ms(100)); // all that it reads is read
+            let mut leaves = [true, false].into_iter().cycle();
+            clients.retain(|_| !leaves.next().unwrap());
+            clients.extend(server.clients(512, &unfinished));
+        }
+    });
+}
+
 /// Connections that all hold as much of an unfinished line as they may take bounded memory and no processor
 /// time, and whole lines beside them are served at once.
 #[test]
