@@ -5,9 +5,9 @@
 //! echo foo | nc localhost 8888
 //! ```
 //!
-//! Read from the top, this file follows one line on its way: the program and its pipeline, the operators,
-//! the command, the server, a connection, the output; then what every program has: text, waiting, options,
-//! the health check. Outside the inner modules, what is `pub` is for the tests, which include this file.
+//! It is to be read from the top: the program and its pipeline, the operators, the command; then what feeds
+//! them, the server and a connection; the output; and the tools: text, waiting, options, the health check.
+//! Outside the inner modules, what is `pub` is for the tests, which include this file.
 //!
 //! Text is put together by `concat` and never by `format!`, which costs 3 kB.
 
@@ -69,6 +69,7 @@ fn main() -> ! {
     args.next(); // its own name
     let invocation = Invocation::parse(args);
     if !matches!(invocation, Ok(Invocation::Serve(_))) {
+        // Only the server reads them. Anything else is ended by Ctrl-C as usual.
         let _ = handled.thread_unblock();
     }
     let outcome = match invocation {
@@ -124,7 +125,7 @@ fn serve(options: Options, handled: SigSet, original_mask: SigSet) -> Result<(),
     server.stdout.start(stdout(), Some(&server.stderr));
     server.stderr.start(stderr(), None);
     output::end_with_reader(stdout());
-    server.warn_of_starvation();
+    server.warn_of_endless_burst();
     let probes = server.answer_probes(&decimal(bound.port().into()));
     server.spawn(server.handle_signals(signals)).detach();
     server.spawn(server.serve_clients(listener, probes)).detach();
@@ -192,8 +193,7 @@ impl Server {
         self.log(&["Observing ", &text]);
         match &self.command {
             Some(command) => {
-                // The command's output comes behind that line, unless stdout is stalled.
-                // The command's output comes behind that line, unless stdout is stalled.
+                // The command's output follows that line, unless stdout is stalled.
                 for _ in 0..100 {
                     if self.stdout.is_written() {
                         break;
@@ -367,7 +367,7 @@ pub mod rx {
                     }
                 }
                 while let Some((_, due, _)) = pending {
-                    // The timer may still be an earlier item's, so that a flood sets one timer a window.
+                    // The timer may still be an earlier item's: a flood sets one a window, not one an item.
                     ready!(Pin::new(timer.get_or_insert_with(|| scheduler.at(due))).poll(cx));
                     timer = None;
                     if due <= scheduler.now() {
@@ -430,15 +430,15 @@ pub mod rx {
 
 // ---------------------------------------------------------------- the command
 
-/// The command that runs for each event. It starts with nothing of the server's own: signals, limit of
-/// descriptors and environment are those with which the server started.
+/// The command that runs for each event. It gets the signal mask, the limit of descriptors and the
+/// environment with which the server started, and its event; SIGPIPE has its default action.
 struct Command {
     args: Vec<&'static CStr>,
     variables: Vec<&'static CStr>,
     original_mask: SigSet,
     original_limit: Rlimit,
     /// Two descriptors below the original limit, freed for `posix_spawn` (musl's opens a pipe): clients may
-    /// hold all others there.
+    /// hold all the others below it.
     reserve: Cell<Option<(OwnedFd, OwnedFd)>>,
     /// The run that is under way, and how the last one ended.
     pid: Cell<Option<Pid>>,
@@ -503,7 +503,8 @@ impl Command {
         Ok(())
     }
 
-    fn ended(&self, status: Option<WaitStatus>) {
+    /// Notes how the run ended, and wakes the task that waits for it.
+    fn note_end(&self, status: Option<WaitStatus>) {
         self.pid.set(None);
         self.status.set(status);
         self.end.wake_all();
@@ -562,17 +563,24 @@ impl Server {
     /// Takes note of each child that has ended: the command, and as process 1 whatever others have left
     /// behind.
     fn reap(&self) {
-        let run = || self.command.as_ref().and_then(|command| Some((command, command.pid.get()?)));
+        let run = self.command.as_ref();
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-            if let Some((command, _)) = run().filter(|(_, of_run)| *of_run == pid) {
-                command.ended(Some(status));
+            if let Some(command) = run
+                && command.pid.get() == Some(pid)
+            {
+                command.note_end(Some(status));
             }
         }
-        // Where SIGCHLD was ignored, the run is gone without a status, though other children may be alive.
-        if let Some((command, pid)) = run()
-            && waitpid(Some(pid), WaitOptions::NOHANG).is_err()
+        if let Some(command) = run
+            && let Some(pid) = command.pid.get()
         {
-            command.ended(None);
+            match waitpid(Some(pid), WaitOptions::NOHANG) {
+                Ok(None) => {}
+                Ok(Some((_, status))) => command.note_end(Some(status)),
+                // Where SIGCHLD was ignored, it is gone without a status. (`wait` does not tell: other
+                // children may be alive.)
+                Err(_) => command.note_end(None),
+            }
         }
     }
 }
@@ -597,8 +605,8 @@ const SAME_SIGNAL: Duration = Duration::from_millis(100);
 /// slow client's progress shows only every few seconds.
 const SEND_BUFFER: usize = 128 * 1024;
 
-/// What all tasks share. They run on one thread, so cells do where locks would cost; only `Output` shares
-/// with other threads.
+/// What all tasks share. They run on one thread, so cells suffice; only `Output` is shared with other
+/// threads, and locks.
 #[derive(Default)]
 pub struct Server {
     options: Options,
@@ -757,7 +765,7 @@ impl Server {
         }
     }
 
-    fn warn_of_starvation(&self) {
+    fn warn_of_endless_burst(&self) {
         let Options { interval, debounce, max_wait, .. } = self.options;
         if interval.is_some_and(|interval| debounce >= interval) && max_wait.is_none() {
             self.print_error(&["--debounce is not below --interval: without --max-wait, no burst ever ends"]);
@@ -780,8 +788,8 @@ fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
     }
     net::bind(&socket, &address)?;
     net::listen(&socket, BACKLOG)?;
-    // By async-net, as the project's design asks for; but its `bind` takes neither backlog nor options, and
-    // its `accept` registers each client, which costs two system calls more.
+    // async-net wraps the socket, and no more: its `bind` takes neither backlog nor options, and its `accept`
+    // registers each client (two system calls more).
     Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
 
@@ -789,7 +797,7 @@ fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
 /// blocked before. Call it before the first thread is started: threads inherit what is blocked.
 fn block_signals() -> (SigSet, SigSet) {
     let mut handled = SigSet::from_iter([SIGINT, SIGTERM, SIGCHLD]);
-    // A terminal that closes ends its processes by SIGHUP, but not process 1 of a container.
+    // SIGHUP ends other processes by default, as it should. Process 1 has no default action.
     if getpid().is_init() {
         handled.add(SIGHUP);
     }
@@ -808,7 +816,7 @@ fn signal_source(handled: &SigSet) -> io::Result<Async<SignalFd>> {
 
 // ---------------------------------------------------------------- a connection
 
-/// Bytes that are read at once: with the longest line, by default, and a header, a block of 4 KiB.
+/// How many bytes are read at once. A chunk, the default longest line and a block's header make 4 KiB.
 const CHUNK: usize = 2048 - BLOCK_HEADER;
 /// The bytes that the allocator adds to a block.
 const BLOCK_HEADER: usize = 16;
@@ -872,7 +880,7 @@ impl Connection<'_> {
         let mut has_ended = false;
         loop {
             let rest = &self.buffer[self.to_echo..];
-            // What a client that broke off has left unfinished is no line.
+            // Where the client broke off, its unfinished line does not count.
             match first_line(rest, searched, has_ended && !self.echo_failed, server.options.max_line) {
                 Line::Whole(_) if !server.stdout.is_ready() => {
                     self.echo().await?;
@@ -961,8 +969,8 @@ impl Connection<'_> {
     /// comes is discarded (a lingering close).
     async fn close(&mut self) {
         let has_unread = !self.buffer.is_empty() || matches!(self.try_read(), Ok(1..));
-        let leaves_at_once = if has_unread { 0 } else { LEAVES_AT_ONCE };
-        if self.bytes_queued > leaves_at_once {
+        let must_linger = self.bytes_queued > if has_unread { 0 } else { LEAVES_AT_ONCE };
+        if must_linger {
             let _ = net::shutdown(self.socket, Shutdown::Write);
             self.is_closing = true;
             let end = Instant::now() + GRACE;
@@ -1042,8 +1050,8 @@ impl Connection<'_> {
         let mut chunk = [MaybeUninit::uninit(); CHUNK];
         let (bytes, rest) = rustix::io::read(self.socket, &mut chunk)?;
         self.is_readable = rest.is_empty();
-        // Its blocks are 256, 4096, 65536 bytes and so on, but never more than a line and a chunk: few sizes,
-        // and such as the allocator has, leave few holes in memory.
+        // The buffer grows in blocks of 256, 4096, 65536 bytes and so on, but never beyond a line and a
+        // chunk: a few sizes, which the allocator has as well, leave few holes in memory.
         let mut block = 256;
         while block - BLOCK_HEADER < self.buffer.len() + bytes.len() {
             block *= 16;
@@ -1078,8 +1086,8 @@ fn first_line(bytes: &[u8], searched: usize, has_ended: bool, longest: usize) ->
     }
 }
 
-/// Whether a line begins an HTTP request: a method in capitals, a target, a version. Any page in a browser
-/// can send one to an address of its own machine.
+/// Whether a line begins an HTTP request: a method in capitals, a target, a version. It is refused
+/// because any web page can make a browser send one to the browser's own machine.
 fn is_http_request(line: &[u8]) -> bool {
     let mut words = line.trim_ascii_end().split(|&byte| byte == b' ').filter(|word| !word.is_empty());
     let words = [words.next(), words.next(), words.next(), words.next()];
@@ -1174,6 +1182,7 @@ mod output {
             .await
         }
 
+        /// Whether all is written: no text is left, and the thread waits again.
         pub fn is_written(&self) -> bool {
             let queue = self.lock();
             queue.text.is_empty() && queue.awaited.is_some()
@@ -1199,18 +1208,19 @@ mod output {
                     self.wait_for(1, CENTURY);
                     text = self.take(text);
                     if text.is_empty() {
-                        end(self.lock().status.unwrap_or(0), errors);
+                        let status = self.lock().status;
+                        end(status.unwrap_or(0), errors)
                     }
-                    match (write_all(stream, text.as_bytes()), errors) {
-                        // (A terminal's hang-up is EIO.)
-                        (Err(_), Some(_)) if hangs_up(stream, Some(&Timespec::default())) => {
+                    // What stderr does not take is lost.
+                    if let Err(error) = write_all(stream, text.as_bytes())
+                        && let Some(errors) = errors
+                    {
+                        // The reader is gone. (The error is EPIPE, or EIO from a terminal.)
+                        if hangs_up(stream, Some(&Timespec::default())) {
                             exit(BROKEN_PIPE)
                         }
-                        (Err(error), Some(errors)) => {
-                            errors.push_line(&["smolrx: ", &cannot(&["write to stdout"], error)]);
-                            end(1, Some(errors));
-                        }
-                        _ => {}
+                        errors.push_line(&["smolrx: ", &cannot(&["write to stdout"], error)]);
+                        end(1, Some(errors))
                     }
                     // Its memory is for the next turn, unless this text was unusually long.
                     text.clear();
@@ -1239,7 +1249,7 @@ mod output {
 
     /// Ends the process: by the thread of stderr, once all is written there; if nobody reads that, in a
     /// moment.
-    fn end(status: i32, errors: Option<&Output>) {
+    fn end(status: i32, errors: Option<&Output>) -> ! {
         if let Some(errors) = errors {
             errors.close(status);
             thread::sleep(MOMENT);
@@ -1384,9 +1394,9 @@ pub mod text {
     }
 
     fn push_number(text: &mut String, number: u64, base: u32) {
-        let rest = number / u64::from(base);
-        if rest > 0 {
-            push_number(text, rest, base);
+        let higher = number / u64::from(base);
+        if higher > 0 {
+            push_number(text, higher, base);
         }
         text.extend(char::from_digit((number % u64::from(base)) as u32, base));
     }
@@ -1605,7 +1615,7 @@ impl Invocation {
         while args.advance() {
             match &*args.name {
                 "--tcp-port" => {
-                    options.address.set_port(args.number("a whole number from ", 0, 65_535)? as u16);
+                    options.address.set_port(args.number("a whole number from ", false, 0, 65_535)? as u16);
                     has_port = true;
                 }
                 "--bind" => {
@@ -1615,17 +1625,19 @@ impl Invocation {
                     options.address.set_ip(ip);
                 }
                 "--interval" => {
-                    let period = args.number("0 or a whole number of milliseconds from ", 10, u32::MAX)?;
+                    let period =
+                        args.number("0 or a whole number of milliseconds from ", true, 10, u32::MAX)?;
                     options.interval = (period > 0).then(|| Duration::from_millis(period.into()));
                 }
                 "--debounce" => debounce = Some(args.milliseconds()?),
                 "--max-wait" => options.max_wait = Some(args.milliseconds()?),
                 "--timeout" => options.timeout = args.milliseconds()?,
                 "--max-conns" => {
-                    options.max_conns = args.number("a whole number from ", 1, u32::MAX)? as usize
+                    options.max_conns = args.number("a whole number from ", false, 1, u32::MAX)? as usize
                 }
                 "--max-line" => {
-                    options.max_line = args.number("a whole number of bytes from ", 1, u32::MAX - 1)? as usize
+                    options.max_line =
+                        args.number("a whole number of bytes from ", false, 1, u32::MAX - 1)? as usize
                 }
                 "--keep-open" => options.keep_open = true,
                 "-q" | "--quiet" => options.quiet = true,
@@ -1686,13 +1698,12 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
         value.ok_or_else(|| ["option '", &self.name, "' needs a value"].concat())
     }
 
-    /// The value as a number from `min` to `max`; or 0, if that is the first thing in the description.
-    fn number(&mut self, description: &str, min: u32, max: u32) -> Result<u32, String> {
+    /// The value as a number from `min` to `max`, or 0 if `or_zero`. (`parse` would take a `+`.)
+    fn number(&mut self, description: &str, or_zero: bool, min: u32, max: u32) -> Result<u32, String> {
         let typed = self.value()?;
         let digit = |number: u32, byte| number.checked_mul(10)?.checked_add(char::from(byte).to_digit(10)?);
-        match typed.bytes().try_fold(0, digit) {
-            Some(0) if description.starts_with('0') && !typed.is_empty() => Ok(0),
-            Some(number) if number >= min && number <= max && !typed.is_empty() => Ok(number),
+        match typed.bytes().try_fold(0, digit).filter(|_| !typed.is_empty()) {
+            Some(number) if (min..=max).contains(&number) || or_zero && number == 0 => Ok(number),
             _ => {
                 let description = [description, &decimal(min.into()), " to ", &decimal(max.into())].concat();
                 Err(self.invalid_value(&description, &typed))
@@ -1701,7 +1712,7 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
     }
 
     fn milliseconds(&mut self) -> Result<Duration, String> {
-        let number = self.number("a whole number of milliseconds from ", 1, u32::MAX)?;
+        let number = self.number("a whole number of milliseconds from ", false, 1, u32::MAX)?;
         Ok(Duration::from_millis(number.into()))
     }
 
@@ -1723,16 +1734,16 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
 }
 
 // ---------------------------------------------------------------- the health check
-// `--health` asks a running server through a Unix socket and, where that can't be, through TCP.
+// `--health` asks a running server through a Unix socket, or else through TCP.
 
-/// An abstract Unix socket. A server answers by two names: its port, and, if it is the first one in its
-/// network namespace, the empty name.
+/// The address of an abstract Unix socket. A server has two of them: its port and, if it is the first one in
+/// its network namespace, the empty name.
 fn health_address(name: &str) -> Result<SocketAddrUnix, Errno> {
     SocketAddrUnix::new_abstract_name(["smolrx ", name].concat().as_bytes())
 }
 
-/// A datagram socket: an answer needs neither a connection nor a new descriptor, so that a full server is
-/// healthy.
+/// A datagram socket: an answer needs neither a connection nor a new descriptor, so even a full server
+/// answers.
 fn health_socket(name: &str) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None)?;
@@ -1741,7 +1752,7 @@ fn health_socket(name: &str) -> Result<OwnedFd, Errno> {
 }
 
 impl Server {
-    /// Starts to answer those who ask for its health. Whoever can't ask in this way asks by TCP.
+    /// Starts to answer those who ask for its health.
     fn answer_probes(&'static self, port: &str) -> [Option<Task<()>>; 2] {
         ["", port].map(|name| {
             let socket = health_socket(name).inspect_err(|&error| {
@@ -1768,7 +1779,7 @@ impl Server {
     }
 }
 
-/// Asks a server through its Unix socket. Where none can be asked so, it connects by TCP, sends nothing and
+/// Asks a server through its Unix socket. If that fails, it connects by TCP, sends nothing and
 /// expects the server to close: this proves that it accepts and serves, and is no event. It takes two seconds
 /// at most.
 fn probe(address: SocketAddr, name: &str) -> Result<(), String> {
