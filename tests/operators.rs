@@ -389,10 +389,18 @@ fn subject_gives_the_latest_item_and_ends_when_complete() {
         assert_eq!(next(), Poll::Pending);
         assert!(!woken.is_set());
     }
-    subject.on_completed();
-    assert!(woken.is_set());
     subject.on_next(4);
+    subject.on_completed();
     assert_eq!([next(), next()], [Poll::Ready(Some(4)), Poll::Ready(None)]);
+
+    let empty = Subject::<u32>::default();
+    let mut nothing = pin!(empty.observe());
+    let mut next = || nothing.as_mut().poll_next(&mut Context::from_waker(&waker));
+    assert_eq!(next(), Poll::Pending);
+    assert!(woken.is_set(), "by the last item above");
+    empty.on_completed();
+    assert!(woken.is_set(), "completion alone wakes the observer");
+    assert_eq!(next(), Poll::Ready(None));
 }
 
 // ---------------------------------------------------------------- a tick beside a line

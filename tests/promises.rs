@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::ioctl_fionread;
 use rustix::net::{SendFlags, sockopt};
 use rustix::process::Signal;
 use std::fs::{self, File};
@@ -88,6 +89,7 @@ fn pipelined_echoes_are_not_held_back() {
     };
     let mut gaps: Vec<Duration> = (0..15).map(gap).collect();
     gaps.sort();
+    // Held back, each would take 40 ms; a busy machine may hold up most of them, and hardly ten of fifteen.
     assert!(gaps[5] < ms(20), "the rest of an echo came so long after its beginning: {gaps:?}");
 }
 
@@ -147,40 +149,47 @@ fn lines_of_a_client_that_is_gone_are_received() {
 #[test]
 fn silent_connection_is_closed() {
     let part = "half a li";
-    for (keep_open, line, part) in
-        [(0, "", ""), (0, "", part), (1, "", ""), (1, "", part), (1, "foo\n", part)]
-    {
-        let mut server = Server::start(&both_ways("--timeout 300")[keep_open]);
+    let kept = "--keep-open";
+    let cases = [("", "", ""), ("", "", part), (kept, "", ""), (kept, "", part), (kept, "foo\n", part)];
+    at_once(cases, |(options, line, part)| {
+        let what = format!("{options:?}, {line:?}, {part:?}");
+        let mut server = Server::calm(&format!("--timeout 1500 {options}"));
         let start = Instant::now();
         let mut client = server.connect();
         client.send(line);
         client.expect(line);
-        thread::sleep(ms(100));
+        thread::sleep(ms(500));
         client.send(part);
-        assert_eq!(client.until_closed(), b"");
-        let (took, least) = (start.elapsed(), if part.is_empty() { ms(295) } else { ms(395) });
-        assert!(took >= least, "after {took:?}");
+        assert_eq!(client.until_closed(), b"", "{what}");
+        let (took, least) = (start.elapsed(), if part.is_empty() { ms(1495) } else { ms(1995) });
+        assert!(took >= least, "{what}: after {took:?}");
+        let mut expected = if line.is_empty() { vec![] } else { conversation("foo", client.port()).to_vec() };
         drop(client);
-        server.echo("bar\n");
-        let exit = server.stop();
-        assert_eq!(exit.stdout.len(), if line.is_empty() { 5 } else { 8 }, "{exit:?}");
-        assert_eq!(observed(&exit.stdout), ["bar"]);
-    }
+        expected.extend(conversation("bar", server.echo("bar\n")));
+        expected.push("Observing bar".into());
+        assert_eq!(server.stop().stdout[1..], expected, "{what}");
+    });
 }
 
 /// A client that does not take its echo is let go after `--timeout`, and what it sent is observed all the
 /// same, as it is when the client resets the connection meanwhile.
 #[test]
 fn connection_that_does_not_take_its_echo_is_closed() {
-    for resets in [false, true] {
-        let timeout = if resets { 60_000 } else { 1000 };
+    for (resets, timeout) in [(false, 1000), (true, 60_000)] {
         let mut server = Server::calm(&format!("--timeout {timeout} --max-line 6000000"));
         let before = server.descriptors();
         let mut client = server.connect_with_small_window();
+        let start = Instant::now();
         client.send(format!("start{}", line_of(HUGE)));
         client.expect("start");
-        let _kept = (!resets).then_some(client); // who leaves with bytes unread resets
+        let _open = if resets {
+            client.reset();
+            None
+        } else {
+            Some(client)
+        };
         eventually(PATIENCE, "its descriptor is open no more", || server.descriptors() == before);
+        assert!(resets || start.elapsed() >= ms(995), "after {:?}", start.elapsed());
         let exit = server.stop();
         assert!(exit.stdout.last().unwrap().starts_with("Observing startxxx"), "not observed");
     }
@@ -322,8 +331,8 @@ fn byte_after_a_long_line(mut clients: Vec<Client>, length: usize, begun: usize,
     assert_eq!(whole, clients.len(), "echoes of {length} bytes, the byte sent after {pause} ms");
 }
 
-/// A client that never closes is let go five seconds after its long echo, and gets all of that, whether it
-/// sends no more, takes the echo late amid a flood of its own, or takes it when the server has let go.
+/// A client that never closes is let go five seconds after its long echo, and gets all of it, whether it takes
+/// it at once, late amid a flood of its own, or only once the server has let go.
 #[test]
 fn client_that_never_closes_is_let_go() {
     let server = Server::calm("--max-line 65536");
@@ -345,10 +354,14 @@ fn client_that_never_closes_is_let_go() {
             thread::sleep(ms(1));
         }
     });
-    thread::sleep(ms(1000));
+    thread::sleep(ms(4000));
+    let open = server.descriptors();
+    if sent.elapsed() > ms(4500) {
+        return skip("this machine is too slow to look before the five seconds are over");
+    }
+    assert_eq!(open, before + clients.len(), "some are let go early");
     clients[4].expect(&line);
-    assert!(sent.elapsed() < ms(4000), "the echo took {:?}", sent.elapsed());
-    eventually(ms(7000), "they are let go", || server.descriptors() == before);
+    eventually(ms(3000), "they are let go", || server.descriptors() == before);
     flood.join().unwrap();
     clients[2..4].iter_mut().for_each(|client| client.expect(&line));
 }
@@ -672,8 +685,8 @@ impl Stalled {
         let mut floods = [(); 4].map(|()| Flood::new(server.connect(), true));
         Flood::pump_until_stalled(&mut floods, ms(500));
         let echoed: usize = floods.iter().map(|flood| flood.echoed).sum();
-        // Each prints twice its length; 128 KiB are queued, a pipe holds 64 KiB.
-        assert!(echoed * 200 < 400 << 10, "{what}: {echoed} lines were echoed");
+        // Each prints more than twice its 100 bytes; 128 KiB are queued, and a pipe holds 64 KiB.
+        assert!(echoed * 200 < 200 << 10, "{what}: {echoed} lines were echoed");
         is_healthy(server.address.port());
         let flags = fcntl_getfl(&holder).unwrap();
         assert_eq!(flags & OFlags::NONBLOCK, mode, "whether {what} blocks its other holders");
@@ -742,6 +755,24 @@ fn output_made_nonblocking_loses_nothing() {
     });
 }
 
+/// The clock goes on beside a stdout that nobody reads.
+#[test]
+fn clock_goes_on_beside_a_stalled_stdout() {
+    let server = Server::start("--keep-open --interval 100 --debounce 10");
+    server.stdout.pause();
+    let mut flood = [Flood::new(server.connect(), true)];
+    Flood::pump_until_stalled(&mut flood, ms(300));
+    thread::sleep(ms(3000));
+    server.stdout.resume();
+    Flood::complete(&mut flood);
+    let last = format!("Observing {}", flood[0].line(flood[0].lines - 1));
+    let tick = server.stdout.wait_until("a tick after the last line", |lines| {
+        let after = lines.iter().position(|line| *line == last)?;
+        observed(&lines[after + 1..]).first()?.parse::<u32>().ok()
+    });
+    assert!(tick >= 15, "only {tick} ticks in more than three seconds");
+}
+
 /// Messages for a stderr that nobody reads, of whatever kind, hold up neither clients nor the end, and take
 /// bounded memory.
 #[test]
@@ -774,8 +805,12 @@ fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
         Flood::pump_until_stalled(&mut floods, ms(300));
         (server, floods)
     });
+    drop(writer);
+    let echoed = |(_, floods): &(Server, [Flood; 2])| floods.iter().map(|flood| flood.echoed).sum::<usize>();
+    let before = servers.each_ref().map(echoed);
     for i in 0..2000 {
         // A page of room, for which both of them were waiting.
+        eventually(PATIENCE, "a page is written", || ioctl_fionread(&reader).unwrap() >= 4096);
         reader.read_exact(&mut [0; 4096]).unwrap();
         for (server, floods) in &mut servers {
             floods.iter_mut().for_each(|flood| while flood.pump(true) {});
@@ -785,6 +820,8 @@ fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
             assert_eq!(probe.rest(), b"");
         }
     }
+    let after = servers.each_ref().map(echoed);
+    assert!((0..2).all(|i| after[i] > before[i] + 5000), "lines echoed: {before:?}, then {after:?}");
     servers.iter().for_each(|(server, _)| is_healthy(server.address.port()));
 }
 
@@ -804,7 +841,7 @@ fn stdout_at_its_size_limit_ends_it_with_a_message() {
 // ------------------------------------------------------------------------- stopping
 
 /// The process ends within six seconds of SIGTERM beside clients that send lines without a pause and take
-/// their echo, four of them or a thousand, and it prints the pending event.
+/// their echo, four of them or a thousand; beside four, the pending event is looked for and printed.
 #[test]
 fn sigterm_ends_a_flood_of_lines() {
     at_once([(4, 2001), (4, 101), (1000, 1)], |(clients, length)| {
@@ -839,37 +876,38 @@ fn sigterm_ends_a_thousand_that_linger() {
 }
 
 /// The process ends within six seconds of SIGTERM beside clients that take no echo or never end their lines,
-/// though they have all connections or all descriptors, and others wait; part of a line is no event.
+/// though they have all connections or all descriptors, and others wait; a client in the middle of a line gets
+/// five seconds, and its part of a line is no event.
 #[test]
 fn sigterm_ends_it_whatever_its_clients_hold() {
     let echo = &*line_of(1_000_000);
     let cases = [
-        ("echoes", "--keep-open --max-line 1000000", None, 4, 0, echo),
-        ("connections", "--max-conns 2", None, 2, 98, "never"),
-        ("descriptors, none for a client", "", Some(0), 0, 1, ""),
-        ("descriptors, silently", "", Some(2), 2, 1, ""),
-        ("descriptors, in their lines", "", Some(2), 2, 1, "never"),
+        ("echoes", "--keep-open --max-line 1000000", None, 4, 0, echo, false),
+        ("connections", "--max-conns 2", None, 2, 98, "begun", true),
+        ("descriptors, none for a client", "", Some(0), 0, 1, "", false),
+        ("descriptors, silently", "", Some(2), 2, 1, "", false),
+        ("descriptors, in their lines", "", Some(2), 2, 1, "begun", true),
     ];
-    at_once(cases, |(what, options, descriptors, holders, others, begun)| {
+    at_once(cases, |(what, options, descriptors, holders, others, text, goes_on)| {
         let mut server = Server::calm(options);
         descriptors.inspect(|count| server.limit_descriptors(*count));
         let connect = |_| server.connect_with_small_window();
         let mut clients: Vec<Client> = (0..holders + others).map(connect).collect();
-        clients.iter_mut().for_each(|client| client.send(begun));
+        clients.iter_mut().for_each(|client| client.send(text));
         clients[..holders].iter().for_each(Client::is_taken);
         if descriptors.is_some() {
             let is_warning = |line: &String| line.starts_with("smolrx: cannot accept: ");
             server.stderr.wait_until("its warning", |lines| lines.iter().any(is_warning).then_some(()));
         }
         let signalled = server.signalled();
-        while begun == "never" && server.is_running() && signalled.elapsed() < PATIENCE {
+        while goes_on && server.is_running() && signalled.elapsed() < PATIENCE {
             let _ = clients[0].0.write(b"-");
             thread::sleep(ms(20));
         }
         let exit = server.stopped(signalled);
         let took = signalled.elapsed();
-        assert!(begun != "never" || took >= ms(4900), "{what}: ended {took:?} after the signal");
-        assert!(begun == echo || exit.stdout[1..] == ["Observing 0"], "{what}: {exit:?}");
+        assert!(!goes_on || took >= ms(4900), "{what}: ended {took:?} after the signal");
+        assert!(text == echo || exit.stdout[1..] == ["Observing 0"], "{what}: {exit:?}");
     });
 }
 
@@ -1029,33 +1067,40 @@ fn unhealthy_in_time(probe: impl FnOnce() -> Exit) -> Exit {
     exit
 }
 
+/// A server, and the socket of another process that had its name first and does not answer.
+fn server_without_its_name() -> (Server, net::UnixDatagram) {
+    let port = Port::reserve();
+    let name = net::SocketAddr::from_abstract_name(format!("smolrx {}", port.number())).unwrap();
+    let other = net::UnixDatagram::bind_addr(&name).unwrap();
+    let server = Server::of(program(&calm(&format!("--tcp-port {}", port.number()))));
+    server.stderr.wait_for_count(1);
+    (server, other)
+}
+
 /// A server whose name another process has says so at its start, and is found by TCP once that is gone.
 #[test]
 fn name_taken_by_another_process_is_a_warning() {
-    let port = Port::reserve();
-    let number = port.number();
-    let name = net::SocketAddr::from_abstract_name(format!("smolrx {number}")).unwrap();
-    let other = net::UnixDatagram::bind_addr(&name).unwrap();
-    let mut server = Server::of(program(&calm(&format!("--tcp-port {number}"))));
-    let warning = format!("smolrx: cannot answer --health for port {number}: address in use (error 98)");
-    server.stderr.wait_for(&warning);
+    let (mut server, other) = server_without_its_name();
+    let port = server.address.port();
     drop(other);
-    is_healthy(number);
+    is_healthy(port);
     let exit = server.stop();
+    let warning = format!("smolrx: cannot answer --health for port {port}: address in use (error 98)");
     assert_eq!((&exit.stdout[1..], exit.stderr), (&["Observing 0".into()][..], vec![warning]));
 }
 
 /// A probe whose sandbox forbids Unix sockets, in whatever way, asks by TCP.
 #[test]
 fn probe_without_unix_sockets_asks_by_tcp() {
-    let server = Server::calm("");
-    let probe = program(&format!("--health --tcp-port {}", server.address.port()));
+    let (server, _mute) = server_without_its_name();
+    let probe = &mut program(&format!("--health --tcp-port {}", server.address.port()));
+    unhealthy_in_time(|| run(&mut *probe)); // by a Unix socket
     for (call, error) in
         [("socket", "EAFNOSUPPORT"), ("bind", "EINVAL"), ("connect", "EACCES"), ("sendto", "EPERM")]
     {
         let Some(mut strace) = strace(&format!("{call}:error={error}:when=1")) else { return };
         strace.arg("-f");
-        let exit = run(within(strace, &probe));
+        let exit = run(within(strace, probe));
         assert_eq!(exit.code, Some(0), "{call} fails with {error}: {exit:?}");
     }
 }
