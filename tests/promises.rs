@@ -46,15 +46,26 @@ fn beside_a_flood<T>(address: SocketAddr, clients: usize, line: &str, body: impl
     beside([0, 1].map(load).into(), 100 << 10, body)
 }
 
-/// How long the echo of a line takes, the first bytes of which are sent ahead.
-fn time_of_echo(address: SocketAddr, length: usize, first: usize) -> Duration {
-    let (start, line) = (Instant::now(), line_of(length));
-    let mut client = Client::connect(address);
-    client.send(&line[..first]);
-    thread::sleep(ms(20)); // the server sees a part, if that is one
-    client.send(&line[first..]);
-    client.expect(line);
-    start.elapsed()
+/// A client's line, the first bytes of which are sent ahead, is echoed within this time, in one of three tries:
+/// a busy machine may take the time once or twice.
+#[track_caller]
+fn assert_echoed_within(limit: Duration, address: SocketAddr, length: usize, first: usize) {
+    let time_of_echo = |_| {
+        let (start, line) = (Instant::now(), line_of(length));
+        let mut client = Client::connect(address);
+        client.send(&line[..first]);
+        if first < length {
+            client.is_taken();
+        }
+        client.send(&line[first..]);
+        client.expect(line);
+        start.elapsed()
+    };
+    let mut times = vec![];
+    let mut in_time = (0..3).map(time_of_echo).inspect(|time| times.push(*time));
+    if !in_time.any(|time| time < limit) {
+        panic!("the echo of {length} bytes, {first} of them sent ahead, took {times:?}");
+    }
 }
 
 // ------------------------------------------------- the echo is the acknowledgement
@@ -212,19 +223,19 @@ fn client_that_only_sends_is_closed() {
 /// a little at a time, though the kernel's buffers are large.
 #[test]
 fn slow_client_is_not_cut() {
-    let server = &Server::calm("--timeout 1500 --max-line 9000000");
+    let server = &Server::calm("--timeout 3000 --max-line 9000000");
     thread::scope(|scope| {
         scope.spawn(|| {
             let mut client = server.connect();
             for piece in "xxxxxxxxxx\n".split_inclusive('x') {
                 client.send(piece);
-                thread::sleep(ms(200));
+                thread::sleep(ms(400));
             }
             assert_eq!(client.rest(), b"xxxxxxxxxx\n");
         });
         let (line, mut client) = (line_of(8_000_000), server.connect());
         client.send(&line);
-        let mut bytes = vec![0; 600_000];
+        let mut bytes = vec![0; 900_000];
         for chunk in bytes.chunks_mut(20_000) {
             client.0.read_exact(chunk).expect("the server goes on with its echo");
             thread::sleep(ms(100));
@@ -256,7 +267,7 @@ fn lines_beat_the_timeout(options: &str, timeout: u64) -> bool {
     let accepting = Instant::now();
     server.wake();
     let is_late = || accepting.elapsed() > ms(timeout - 100);
-    eventually(PATIENCE, "all are accepted, or it is too late", || {
+    eventually(ms(timeout) + PATIENCE, "all are accepted, or it is too late", || {
         is_late() || server.descriptors() == before + CLIENTS && clients[CLIENTS - 1].is_read()
     });
     server.suspend();
@@ -527,7 +538,7 @@ fn unfinished_lines_of_many_lengths_take_bounded_memory() {
             let mut clients = server.clients(count, "");
             // Text that is too long is refused, perhaps before all of it is sent.
             clients.iter_mut().for_each(|client| _ = client.0.write_all(text.as_bytes()));
-            thread::sleep(ms(100)); // all that it reads is read
+            server.comes_to_rest();
             clients.into_iter().for_each(Client::reset);
         }
     });
@@ -542,7 +553,7 @@ fn every_second_client_that_leaves_takes_bounded_memory() {
     in_bounded_memory(&server, || {
         let mut clients = server.clients(1024, &unfinished);
         for _ in 0..3 {
-            thread::sleep(ms(100)); // all that it reads is read
+            server.comes_to_rest();
             let mut leaves = [true, false].into_iter().cycle();
             clients.retain(|_| !leaves.next().unwrap());
             clients.extend(server.clients(512, &unfinished));
@@ -560,10 +571,9 @@ fn longest_unfinished_lines_take_bounded_memory_and_nobodys_time() {
         let holders = in_bounded_memory(&server, || {
             let mut holders = server.clients(511, &[behind_a_line, &"h".repeat(2047)].concat());
             holders.iter_mut().for_each(|holder| holder.expect(behind_a_line));
-            thread::sleep(ms(500)); // all that it reads is read
+            holders.iter().for_each(Client::is_taken);
             for (length, parts) in [6, 300, 1000, 2000, 2048].into_iter().flat_map(|n| [(n, 1), (n, 2)]) {
-                let took = time_of_echo(server.loopback(), length, length / parts);
-                assert!(took < ms(1000), "{length} bytes in {parts} parts took {took:?}");
+                assert_echoed_within(ms(1000), server.loopback(), length, length / parts);
             }
             is_healthy(server.address.port());
             holders
@@ -589,9 +599,7 @@ fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
         while Instant::now() < end {
             takers.iter_mut().for_each(|taker| _ = taker.pump(true));
         }
-        // A busy machine may take the time once or twice.
-        let times = [(); 3].map(|()| time_of_echo(server.loopback(), 2000, 2000));
-        assert!(times.iter().any(|time| *time < ms(1000)), "a line took {times:?}");
+        assert_echoed_within(ms(1000), server.loopback(), 2000, 2000);
     });
 }
 
@@ -647,9 +655,8 @@ fn lines_are_served_beside_a_slow_reader_of_stdout() {
     let _holders = server.clients(9, &"h".repeat(2000));
     beside_a_flood(server.address, 4, &line_of(101), || {
         for length in [6, 300, 1000, 1500, 2000].repeat(2) {
-            let took = time_of_echo(server.address, length, length);
             // 128 KiB wait before it, for half a second; and the flood's lines beside it.
-            assert!(took < ms(3000), "{length} bytes took {took:?}");
+            assert_echoed_within(ms(3000), server.address, length, length);
         }
     });
 }
@@ -844,7 +851,7 @@ fn stdout_at_its_size_limit_ends_it_with_a_message() {
 /// their echo, four of them or a thousand; beside four, the pending event is looked for and printed.
 #[test]
 fn sigterm_ends_a_flood_of_lines() {
-    at_once([(4, 2001), (4, 101), (1000, 1)], |(clients, length)| {
+    for (clients, length) in [(4, 2001), (4, 101), (1000, 1)] {
         let mut server = if clients == 4 {
             Server::found(calm_on_loopback("--keep-open --quiet"))
         } else {
@@ -852,8 +859,8 @@ fn sigterm_ends_a_flood_of_lines() {
         };
         let exit = beside_a_flood(server.address, clients, &line_of(length), || server.stop());
         let event = (clients == 4).then(|| line_of(length).trim().into());
-        assert_eq!((exit.stdout, exit.stderr.len()), (Vec::from_iter(event), 0));
-    });
+        assert_eq!((exit.stdout, exit.stderr.len()), (Vec::from_iter(event), 0), "{clients} clients");
+    }
 }
 
 /// The process ends within six seconds of SIGTERM beside a thousand clients that end their lines just before
@@ -970,7 +977,7 @@ fn stop_lets_a_line_be_finished() {
         let mut client = server.client_in("fin");
         let signalled = server.signalled();
         server.refuses();
-        thread::sleep(ms(pause));
+        thread::sleep(ms(pause).saturating_sub(signalled.elapsed()));
         client.send(rest);
         if !rest.ends_with('\n') {
             client.finish();
@@ -986,7 +993,7 @@ fn stop_lets_a_line_be_finished() {
 #[test]
 fn stop_lets_an_echo_be_taken() {
     for options in both_ways("--max-line 6000000") {
-        for length in [60_000, HUGE] {
+        for length in [60_000, 1_000_000] {
             let line = line_of(length);
             let mut server = Server::start(&options);
             let mut client = server.connect_with_small_window();

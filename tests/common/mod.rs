@@ -414,7 +414,7 @@ impl Process {
     /// Waits until it does nothing any more, and answers with its `activity` so far.
     pub fn comes_to_rest(&self) -> (Duration, u64) {
         let mut before = self.activity();
-        eventually(ms(3000), "it comes to rest", || {
+        eventually(PATIENCE, "it comes to rest", || {
             thread::sleep(ms(200));
             let earlier = std::mem::replace(&mut before, self.activity());
             earlier == before
