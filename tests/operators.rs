@@ -172,11 +172,12 @@ fn check(diagrams: &str) {
         let (name, diagram) = line.rsplit_once(' ').unwrap();
         let marbles = drawn(diagram);
         let Some((operator, arguments)) = name.trim().split_once('(') else {
-            source = Some(marbles);
+            source = Some((line, marbles));
             continue;
         };
         let time = VirtualTime::new();
-        let source = time.hot(source.as_ref().unwrap());
+        let (above, source) = source.as_ref().expect("a source is above");
+        let source = time.hot(source);
         let arguments = arguments.trim_end_matches(')').split(", ").map(|number| number.parse().unwrap());
         let outcome = match (operator, &arguments.collect::<Vec<u32>>()[..]) {
             ("debounce", &[window]) => time.observe(source.debounce(time.clone(), window * MS, None, later)),
@@ -192,7 +193,7 @@ fn check(diagrams: &str) {
             }
             _ => panic!("no operator: {line}"),
         };
-        assert_eq!(outcome, marbles, "{line}");
+        assert_eq!(outcome, marbles, "\n{above}\n{line}");
     }
 }
 
@@ -410,15 +411,15 @@ fn subject_gives_the_latest_item_and_ends_when_complete() {
 fn a_lone_poke_beside_a_tick_is_observed() {
     check(
         "
-        before         -----p--------------|
+        3 ms before    -----p--------------|
         pipeline(8, 2) --0----p--1-------2-|
-        in the window  ------p-------------|
+        2 ms before    ------p-------------|
         pipeline(8, 2) --0-------p-------2-|
         with the tick  --------p-----------|
         pipeline(8, 2) --0-------p-------2-|
-        in the window  ----------p---------|
+        2 ms after     ----------p---------|
         pipeline(8, 2) --0---------p-----2-|
-        after it       -----------p--------|
+        3 ms after     -----------p--------|
         pipeline(8, 2) --0-------1--p----2-|
         ",
     );

@@ -121,10 +121,15 @@ pub fn beside<T>(loads: Vec<impl FnMut() -> u64 + Send>, enough: u64, body: impl
     })
 }
 
-/// Checks all cases at once.
+/// Checks all cases at once. A panic's message starts with its thread's name, which says which case it is.
 pub fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, check: impl Fn(T) + Sync) {
-    let check = &check;
-    thread::scope(|scope| cases.into_iter().for_each(|case| _ = scope.spawn(move || check(case))));
+    let (test, check) = (thread::current().name().unwrap_or("a test").to_owned(), &check);
+    thread::scope(|scope| {
+        for (number, case) in (1..).zip(cases) {
+            let thread = thread::Builder::new().name(format!("{test}, case {number}"));
+            thread.spawn_scoped(scope, move || check(case)).unwrap();
+        }
+    });
 }
 
 // ---------------------------------------------------------------- the program
@@ -263,8 +268,8 @@ impl Exit {
     /// What it printed is a client's conversation, of one line, and the event at the end.
     #[track_caller]
     pub fn tells_of(&self, shown: &str, port: u16) {
-        assert_eq!(self.stdout[1..4], conversation(shown, port), "{self:?}");
-        assert_eq!(self.stdout[4..], [format!("Observing {shown}")]);
+        let told = [&conversation(shown, port)[..], &[format!("Observing {shown}")]].concat();
+        assert_eq!(self.stdout.get(1..).unwrap_or_default(), told, "{self:?}");
     }
 }
 
