@@ -99,7 +99,7 @@ impl VirtualTime {
         let waker = Waker::from(woken.clone());
         let mut items = Vec::new();
         loop {
-            while woken.is_set() {
+            while woken.take() {
                 while let Poll::Ready(item) = stream.as_mut().poll_next(&mut Context::from_waker(&waker)) {
                     match item {
                         Some(item) => items.push((self.elapsed(), item)),
@@ -129,12 +129,12 @@ impl Scheduler for VirtualTime {
     }
 }
 
-/// Whether a task was woken.
+/// Whether a task was woken since this was last asked.
 #[derive(Default)]
 struct Flag(AtomicBool);
 
 impl Flag {
-    fn is_set(&self) -> bool {
+    fn take(&self) -> bool {
         self.0.swap(false, Ordering::Relaxed)
     }
 }
@@ -385,10 +385,10 @@ fn subject_gives_the_latest_item_and_ends_when_complete() {
     assert_eq!(next(), Poll::Pending);
     for (items, latest) in [(&[1][..], 1), (&[2, 3], 3)] {
         items.iter().for_each(|&item| subject.on_next(item));
-        assert!(woken.is_set());
+        assert!(woken.take());
         assert_eq!(next(), Poll::Ready(Some(latest)));
         assert_eq!(next(), Poll::Pending);
-        assert!(!woken.is_set());
+        assert!(!woken.take());
     }
     subject.on_next(4);
     subject.on_completed();
@@ -398,9 +398,9 @@ fn subject_gives_the_latest_item_and_ends_when_complete() {
     let mut nothing = pin!(empty.observe());
     let mut next = || nothing.as_mut().poll_next(&mut Context::from_waker(&waker));
     assert_eq!(next(), Poll::Pending);
-    assert!(woken.is_set(), "by the last item above");
+    assert!(woken.take(), "by the last item above");
     empty.on_completed();
-    assert!(woken.is_set(), "completion alone wakes the observer");
+    assert!(woken.take(), "completion alone wakes the observer");
     assert_eq!(next(), Poll::Ready(None));
 }
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 const HUGE: usize = 5_000_000;
 
 /// The same options without `--keep-open` and with it, each with a clock that keeps out of the way.
-fn both_ways(options: &str) -> [String; 2] {
+fn calm_keep_open_or_not(options: &str) -> [String; 2] {
     [calm(options), calm(&format!("--keep-open {options}"))]
 }
 
@@ -55,7 +55,7 @@ fn assert_echoed_within(limit: Duration, address: SocketAddr, length: usize, fir
         let mut client = Client::connect(address);
         client.send(&line[..first]);
         if first < length {
-            client.is_taken();
+            client.wait_until_taken();
         }
         client.send(&line[first..]);
         client.expect(line);
@@ -73,7 +73,7 @@ fn assert_echoed_within(limit: Duration, address: SocketAddr, length: usize, fir
 /// A line whose echo was sent is printed and observed, though the signal to stop comes right behind the echo.
 #[test]
 fn echoed_line_is_printed_and_observed() {
-    for options in both_ways("").iter().cycle().take(40) {
+    for options in calm_keep_open_or_not("").iter().cycle().take(40) {
         let mut server = Server::start(options);
         let mut client = server.connect();
         client.send("foo\n");
@@ -107,7 +107,7 @@ fn pipelined_echoes_are_not_held_back() {
 /// A byte sent as urgent is in its place in the echo like any other.
 #[test]
 fn urgent_byte_is_echoed_in_its_place() {
-    for options in both_ways("") {
+    for options in calm_keep_open_or_not("") {
         let mut server = Server::start(&options);
         let mut client = server.client_in("ab");
         assert_eq!(rustix::net::send(&client.0, b"c", SendFlags::OOB), Ok(1));
@@ -250,7 +250,7 @@ fn slow_client_is_not_cut() {
 /// server slept, and are more than it looks at in one go.
 #[test]
 fn lines_that_came_in_time_beat_the_timeout() {
-    at_once(both_ways(""), |options| {
+    at_once(calm_keep_open_or_not(""), |options| {
         // On a busy machine it takes longer to connect them all.
         if ![1500, 6000, 48_000].into_iter().any(|timeout| lines_beat_the_timeout(&options, timeout)) {
             skip(format!("this machine is too slow to connect 500 clients in time, {options:?}"));
@@ -429,7 +429,7 @@ fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
 #[test]
 fn longer_line_is_refused() {
     for (limit, options) in [(16, "--max-line 16"), (2048, "")] {
-        for options in both_ways(options) {
+        for options in calm_keep_open_or_not(options) {
             let mut server = Server::start(&options);
             let longest = line_of(limit);
             let port = server.echo(&longest);
@@ -487,7 +487,7 @@ fn clients_beyond_the_limit_wait_and_are_served() {
 /// Out of descriptors it waits without spinning, warns once a second at most, and goes on when there are
 /// some: every client is served in the end.
 #[test]
-fn descriptors_exhausted_and_recovered() {
+fn server_out_of_descriptors_waits_and_goes_on() {
     let mut server = Server::start_after("ulimit -n 64", &calm(""));
     let before = server.descriptors();
     let mut clients = server.clients(100, "");
@@ -548,7 +548,7 @@ fn unfinished_lines_of_many_lengths_take_bounded_memory() {
 
 /// Clients that leave from between others, whose places are taken at once, leave no holes that nobody can use.
 #[test]
-fn every_second_client_that_leaves_takes_bounded_memory() {
+fn memory_is_bounded_when_every_second_client_leaves() {
     let server = Server::calm("");
     let unfinished = "x".repeat(2048);
     in_bounded_memory(&server, || {
@@ -566,17 +566,17 @@ fn every_second_client_that_leaves_takes_bounded_memory() {
 /// time, and whole lines beside them are served at once.
 #[test]
 fn longest_unfinished_lines_take_bounded_memory_and_nobodys_time() {
-    let [one_line, keep_open] = both_ways("");
-    at_once([(one_line, ""), (keep_open, &line_of(2000))], |(options, behind_a_line)| {
+    let [one_line, keep_open] = calm_keep_open_or_not("");
+    at_once([(one_line, ""), (keep_open, &line_of(2000))], |(options, line_before)| {
         let mut server = Server::start(&options);
         let holders = in_bounded_memory(&server, || {
-            let mut holders = server.clients(511, &[behind_a_line, &"h".repeat(2047)].concat());
-            holders.iter_mut().for_each(|holder| holder.expect(behind_a_line));
-            holders.iter().for_each(Client::is_taken);
+            let mut holders = server.clients(511, &[line_before, &"h".repeat(2047)].concat());
+            holders.iter_mut().for_each(|holder| holder.expect(line_before));
+            holders.iter().for_each(Client::wait_until_taken);
             for (length, parts) in [6, 300, 1000, 2000, 2048].into_iter().flat_map(|n| [(n, 1), (n, 2)]) {
                 assert_echoed_within(ms(1000), server.loopback(), length, length / parts);
             }
-            is_healthy(server.address.port());
+            assert_healthy(server.address.port());
             holders
         });
         let busy = server.busy_during(ms(3000));
@@ -594,11 +594,11 @@ fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
     raise_descriptor_limit();
     let server = Server::calm("--keep-open");
     in_bounded_memory(&server, || {
-        let taker = |_| Flood::new(server.connect_with_small_window(), false);
-        let mut takers: Vec<Flood> = (0..400).map(taker).collect();
+        let sender = |_| Flood::new(server.connect_with_small_window(), false);
+        let mut senders: Vec<Flood> = (0..400).map(sender).collect();
         let end = Instant::now() + ms(4000);
         while Instant::now() < end {
-            takers.iter_mut().for_each(|taker| _ = taker.pump(true));
+            senders.iter_mut().for_each(|sender| _ = sender.pump(true));
         }
         assert_echoed_within(ms(1000), server.loopback(), 2000, 2000);
     });
@@ -613,7 +613,7 @@ fn text_that_waits_takes_bounded_memory() {
     let clients = in_bounded_memory(&server, || {
         let mut clients = server.clients(500, &line);
         assert!(clients[499].hears_nothing_for(ms(1000)));
-        is_healthy(server.address.port());
+        assert_healthy(server.address.port());
         server.stdout.resume();
         let is_whole = |client: &mut Client| client.rest() == line.as_bytes();
         assert!(clients.iter_mut().all(is_whole), "an echo differs");
@@ -646,7 +646,7 @@ fn clients_that_say_nothing_leave_nothing() {
 #[test]
 fn lines_are_served_beside_a_slow_reader_of_stdout() {
     let (mut reader, writer) = io::pipe().unwrap();
-    let server = Server::found(calm_on_loopback("--keep-open").stdout(writer));
+    let server = Server::on_loopback(calm_on_loopback("--keep-open").stdout(writer));
     thread::spawn(move || {
         let mut chunk = [0; 16_384];
         while let Ok(length @ 1..) = reader.read(&mut chunk) {
@@ -686,7 +686,7 @@ impl Stalled {
         if both {
             command.stderr(writer.try_clone().unwrap());
         }
-        let mut server = Server::found(command.stdout(writer));
+        let mut server = Server::on_loopback(command.stdout(writer));
         drop(command);
         server.stdout = Transcript::of_paused(reader);
         fcntl_setfl(&holder, fcntl_getfl(&holder).unwrap() | mode).unwrap();
@@ -695,7 +695,7 @@ impl Stalled {
         let echoed: usize = floods.iter().map(|flood| flood.echoed).sum();
         // Each prints more than twice its 100 bytes; 128 KiB are queued, and a pipe holds 64 KiB.
         assert!(echoed * 200 < 200 << 10, "{what}: {echoed} lines were echoed");
-        is_healthy(server.address.port());
+        assert_healthy(server.address.port());
         let flags = fcntl_getfl(&holder).unwrap();
         assert_eq!(flags & OFlags::NONBLOCK, mode, "whether {what} blocks its other holders");
         Self { what, server, floods }
@@ -745,7 +745,7 @@ fn nothing_is_lost_beside_any_stalled_stdout() {
 fn all_is_written_after_a_stop_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|mut stalled| {
         stalled.server.signal(Signal::TERM);
-        stalled.server.refuses();
+        stalled.server.wait_until_refused();
         thread::sleep(ms(7000));
         assert!(stalled.server.is_running(), "{}: ended before it was read", stalled.what);
         stalled.completes(true);
@@ -786,7 +786,7 @@ fn clock_goes_on_beside_a_stalled_stdout() {
 #[test]
 fn stalled_stderr_holds_nobody_up() {
     at_once(outputs(), |(kind, _reader, end)| {
-        let mut server = Server::found(calm_on_loopback("--max-line 16").stderr(end));
+        let mut server = Server::on_loopback(calm_on_loopback("--max-line 16").stderr(end));
         let memory = [3500, 2000].map(|messages| {
             for i in 0..messages {
                 let mut client = server.connect();
@@ -796,7 +796,7 @@ fn stalled_stderr_holds_nobody_up() {
             server.memory_kb()
         });
         assert!(memory[1] <= memory[0] + 64, "{kind}: {memory:?} kB");
-        is_healthy(server.address.port());
+        assert_healthy(server.address.port());
         let signalled = Instant::now();
         server.stop();
         assert!(signalled.elapsed() < ms(2500), "{kind}: ended after {:?}", signalled.elapsed());
@@ -808,7 +808,8 @@ fn stalled_stderr_holds_nobody_up() {
 fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
     let (mut reader, writer) = io::pipe().unwrap();
     let mut servers = [(); 2].map(|()| {
-        let server = Server::found(calm_on_loopback("--keep-open").stdout(writer.try_clone().unwrap()));
+        let server =
+            Server::on_loopback(calm_on_loopback("--keep-open").stdout(writer.try_clone().unwrap()));
         let mut floods = [(); 2].map(|()| Flood::new(server.connect(), true));
         Flood::pump_until_stalled(&mut floods, ms(300));
         (server, floods)
@@ -830,7 +831,7 @@ fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
     }
     let after = servers.each_ref().map(echoed);
     assert!((0..2).all(|i| after[i] > before[i] + 5000), "lines echoed: {before:?}, then {after:?}");
-    servers.iter().for_each(|(server, _)| is_healthy(server.address.port()));
+    servers.iter().for_each(|(server, _)| assert_healthy(server.address.port()));
 }
 
 /// A stdout that is a file and may not grow any more ends the server with a sentence, and not by a signal.
@@ -854,9 +855,9 @@ fn stdout_at_its_size_limit_ends_it_with_a_message() {
 fn sigterm_ends_a_flood_of_lines() {
     for (clients, length) in [(4, 2001), (4, 101), (1000, 1)] {
         let mut server = if clients == 4 {
-            Server::found(calm_on_loopback("--keep-open --quiet"))
+            Server::on_loopback(calm_on_loopback("--keep-open --quiet"))
         } else {
-            Server::found(calm_on_loopback("--keep-open --max-conns 1024").stdout(Stdio::null()))
+            Server::on_loopback(calm_on_loopback("--keep-open --max-conns 1024").stdout(Stdio::null()))
         };
         let exit = beside_a_flood(server.address, clients, &line_of(length), || server.stop());
         let event = (clients == 4).then(|| line_of(length).trim().to_owned());
@@ -871,12 +872,12 @@ fn sigterm_ends_a_flood_of_lines() {
 fn sigterm_ends_a_thousand_that_linger() {
     raise_descriptor_limit();
     let mut command = calm_on_loopback("--max-conns 1024 --max-line 65536");
-    let mut server = Server::found(command.stdout(Stdio::null()));
+    let mut server = Server::on_loopback(command.stdout(Stdio::null()));
     let before = server.descriptors();
     let mut clients: Vec<Client> = (0..1000).map(|_| server.connect_with_small_window()).collect();
     clients.iter_mut().for_each(|client| client.send("x".repeat(20_000)));
     eventually(PATIENCE, "all are connected", || server.descriptors() >= before + 1000);
-    let signalled = server.signalled();
+    let signalled = server.ask_to_stop();
     thread::sleep(ms(4200));
     for client in &mut clients {
         let _ = client.0.write_all(b"\nmore"); // the grace may be over
@@ -903,12 +904,12 @@ fn sigterm_ends_it_whatever_its_clients_hold() {
         let connect = |_| server.connect_with_small_window();
         let mut clients: Vec<Client> = (0..holders + others).map(connect).collect();
         clients.iter_mut().for_each(|client| client.send(text));
-        clients[..holders].iter().for_each(Client::is_taken);
+        clients[..holders].iter().for_each(Client::wait_until_taken);
         if descriptors.is_some() {
             let is_warning = |line: &String| line.starts_with("smolrx: cannot accept: ");
             server.stderr.wait_until("its warning", |lines| lines.iter().any(is_warning).then_some(()));
         }
-        let signalled = server.signalled();
+        let signalled = server.ask_to_stop();
         while goes_on && server.is_running() && signalled.elapsed() < PATIENCE {
             let _ = clients[0].0.write(b"-");
             thread::sleep(ms(20));
@@ -930,7 +931,7 @@ fn stop_closes_idle_connections() {
         let signalled = Instant::now();
         server.signal(signal);
         assert_eq!((used.rest(), fresh.rest()), (vec![], vec![]));
-        server.refuses();
+        server.wait_until_refused();
         let exit = server.stopped(signalled);
         assert!(signalled.elapsed() < ms(2500), "after {:?}", signalled.elapsed());
         assert_eq!(exit.stdout.last().unwrap(), "Observing foo");
@@ -950,9 +951,9 @@ fn line_right_after_the_signal_is_echoed() {
             }
             let mut client = server.connect();
             if !in_the_backlog {
-                client.is_taken(); // accepted
+                client.wait_until_taken(); // accepted
             }
-            let signalled = server.signalled();
+            let signalled = server.ask_to_stop();
             server.wake();
             thread::sleep(ms(pause));
             let sent = client.0.write_all(b"foo\n");
@@ -977,8 +978,8 @@ fn stop_lets_a_line_be_finished() {
     at_once(cases, |(options, rest, pause)| {
         let mut server = Server::calm(options);
         let mut client = server.client_in("fin");
-        let signalled = server.signalled();
-        server.refuses();
+        let signalled = server.ask_to_stop();
+        server.wait_until_refused();
         thread::sleep(ms(pause).saturating_sub(signalled.elapsed()));
         client.send(rest);
         if !rest.ends_with('\n') {
@@ -995,15 +996,15 @@ fn stop_lets_a_line_be_finished() {
 /// An echo that is under way when the signal comes arrives whole, though its client sends one byte more.
 #[test]
 fn stop_lets_an_echo_be_taken() {
-    for options in both_ways("--max-line 6000000") {
+    for options in calm_keep_open_or_not("--max-line 6000000") {
         for length in [60_000, 1_000_000] {
             let line = line_of(length);
             let mut server = Server::start(&options);
             let mut client = server.connect_with_small_window();
             client.send(&line);
             client.wait_for_bytes(1);
-            let signalled = server.signalled();
-            server.refuses();
+            let signalled = server.ask_to_stop();
+            server.wait_until_refused();
             client.send("+");
             assert!(client.until_closed() == line.as_bytes(), "{length} bytes: not whole with {options:?}");
             drop(client);
@@ -1016,17 +1017,17 @@ fn stop_lets_an_echo_be_taken() {
 /// Clients in the backlog when the signal comes are served like those who are connected.
 #[test]
 fn stop_serves_the_backlog() {
-    for options in both_ways("") {
+    for options in calm_keep_open_or_not("") {
         let mut server = Server::start(&options);
         let mut early = server.client_in("ear");
         server.suspend();
         let mut clients = server.clients(200, "late\n");
         let mut silent = server.clients(10, "");
-        let signalled = server.signalled();
+        let signalled = server.ask_to_stop();
         server.wake();
         clients.iter_mut().for_each(|client| assert_eq!(client.rest(), b"late\n", "{options:?}"));
         silent.iter_mut().for_each(|client| assert_eq!(client.rest(), b"", "{options:?}"));
-        server.refuses();
+        server.wait_until_refused();
         early.send("ly\n");
         assert_eq!(early.rest(), b"early\n", "{options:?}");
         let exit = server.stopped(signalled);
@@ -1093,7 +1094,7 @@ fn name_taken_by_another_process_is_a_warning() {
     let (mut server, other) = server_without_its_name();
     let port = server.address.port();
     drop(other);
-    is_healthy(port);
+    assert_healthy(port);
     let exit = server.stop();
     let warning = format!("smolrx: cannot answer --health for port {port}: address in use (error 98)");
     assert_eq!((&exit.stdout[1..], exit.stderr), (&["Observing 0".into()][..], vec![warning]));
@@ -1134,7 +1135,7 @@ fn probe_asks_the_first_server_or_the_one_on_its_port() {
         let (other, _idle) = start_full(9002);
         assert_eq!(answers(), [Some(0); 3]);
         old.signal(Signal::TERM);
-        old.refuses();
+        old.wait_until_refused();
         assert_eq!(answers(), [Some(1), Some(1), Some(0)], "one is stopping");
         let (new, _idle) = start_full(9001);
         assert_eq!(answers(), [Some(0); 3]);

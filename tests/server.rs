@@ -94,7 +94,7 @@ fn connection_ends_though_the_client_stays() {
         let before = server.descriptors();
         let mut client = server.connect();
         client.send(&line[..border]);
-        client.is_taken();
+        client.wait_until_taken();
         client.send(&line[border..]);
         assert_eq!(client.rest(), line);
         let what = format!("the connection is over, its line sent in parts of {border} and the rest");
@@ -155,7 +155,8 @@ fn thousand_clients_at_once() {
 #[test]
 fn quiet_prints_bare_events() {
     for option in ["-q", "--quiet"] {
-        let mut server = Server::found(calm_on_loopback(&format!("{option} --debounce 50 --keep-open")));
+        let mut server =
+            Server::on_loopback(calm_on_loopback(&format!("{option} --debounce 50 --keep-open")));
         server.stdout.wait_for_count(1);
         let mut client = server.connect();
         let lines = ["foo\n", "\n", "  two words\t\n", "\r\n"];
@@ -176,7 +177,7 @@ fn stdout_in_a_file_is_appended_to() {
     let path = scratch.file("log");
     let mut file = File::create(&path).unwrap();
     file.write_all(b"before\n").unwrap();
-    let mut server = Server::found(calm_on_loopback("").stdout(file.try_clone().unwrap()));
+    let mut server = Server::on_loopback(calm_on_loopback("").stdout(file.try_clone().unwrap()));
     let address = server.address;
     let text = || fs::read_to_string(&path).unwrap();
     eventually(PATIENCE, "it says where it serves", || text().contains(&address.to_string()));

@@ -343,12 +343,12 @@ impl Process {
     /// Asks it to stop, which must be in time and end well.
     #[track_caller]
     pub fn stop(&mut self) -> Exit {
-        let signalled = self.signalled();
+        let signalled = self.ask_to_stop();
         self.stopped(signalled)
     }
 
     /// Asks it to stop, and answers when.
-    pub fn signalled(&self) -> Instant {
+    pub fn ask_to_stop(&self) -> Instant {
         let now = Instant::now();
         self.signal(Signal::TERM);
         now
@@ -518,7 +518,7 @@ impl Server {
     }
 
     /// Starts a server on the loopback interface that need not say where it serves.
-    pub fn found(command: impl BorrowMut<Command>) -> Self {
+    pub fn on_loopback(command: impl BorrowMut<Command>) -> Self {
         let process = Process::spawn(command);
         let address = (Ipv4Addr::LOCALHOST, process.listening_port()).into();
         Self { process, address, _port: None }
@@ -550,7 +550,7 @@ impl Server {
     pub fn client_in(&self, text: &str) -> Client {
         let mut client = self.connect();
         client.send(text);
-        client.is_taken();
+        client.wait_until_taken();
         client
     }
 
@@ -574,13 +574,13 @@ impl Server {
     /// Asks it to stop and, once it does, a second time, which is to end it at once.
     pub fn signal_twice(&self, first: Signal, second: Signal) {
         self.signal(first);
-        self.refuses();
+        self.wait_until_refused();
         thread::sleep(ms(150)); // sooner, it would be the same signal
         self.signal(second);
     }
 
     /// Nobody is let in any more, and at once.
-    pub fn refuses(&self) {
+    pub fn wait_until_refused(&self) {
         eventually(ms(1500), "a new connection is refused", || {
             // One that comes in between two steps of the end gets no answer for a second.
             let attempt = TcpStream::connect_timeout(&self.loopback(), ms(100));
@@ -596,7 +596,7 @@ pub fn health(options: &str, port: u16) -> Exit {
 
 /// Says that this server is healthy.
 #[track_caller]
-pub fn is_healthy(port: u16) {
+pub fn assert_healthy(port: u16) {
     let exit = health("", port);
     assert_eq!(exit.code, Some(0), "the health of port {port}: {exit:?}");
 }
@@ -819,7 +819,7 @@ impl Client {
     }
 
     /// Waits until the server has accepted this client and read all that it has sent.
-    pub fn is_taken(&self) {
+    pub fn wait_until_taken(&self) {
         eventually(PATIENCE, "the server reads what was sent", || self.is_read());
     }
 
