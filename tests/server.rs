@@ -7,7 +7,6 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::net::SocketAddr;
 use std::thread;
-use std::time::Instant;
 
 /// `--bind` takes an IPv4 or IPv6 address, in brackets or without; the first line names the address and the
 /// port, clients of each family are served there, and are shown as they know themselves.
@@ -100,26 +99,6 @@ fn connection_ends_though_the_client_stays() {
         let what = format!("the connection is over, its line sent in parts of {border} and the rest");
         eventually(ms(3000), &what, || server.descriptors() == before && server.stdout.lines().len() == 4);
     }
-}
-
-/// A flood of lines does not hold up the clock, nor the clock the lines.
-#[test]
-fn flood_does_not_hold_up_the_clock() {
-    let server = Server::start("--interval 50 --keep-open");
-    let mut client = server.connect();
-    let lines = "flood\n".repeat(300);
-    let start = Instant::now();
-    while start.elapsed() < ms(1500) {
-        client.send(&lines);
-        client.expect(&lines);
-        thread::sleep(ms(1));
-    }
-    let due = start.elapsed().as_millis() as u64 / 50;
-    let from = server.stdout.lines().len();
-    let tick = server.stdout.wait_until("a tick after the flood", |lines| {
-        observed(&lines[from..]).iter().find_map(|event| event.parse::<u64>().ok())
-    });
-    assert!(tick >= due / 2, "the clock came to {tick} while {due} were due");
 }
 
 /// A thousand clients at once each get exactly their own bytes, and the transcript accounts for every line.
