@@ -356,6 +356,19 @@ fn failed_run_is_told() {
     assert_eq!(notes.lines().len(), 12);
 }
 
+/// A run that fails is told although it ends while the server looks for other children that have ended.
+#[test]
+fn failed_run_is_told_though_it_ends_in_the_middle_of_reaping() {
+    let (notes, server) = noted("", &format!("{HELD}\nexit 3"));
+    notes.poke(&server, "poke\n");
+    let Some(strace) = strace("wait4:delay_exit=1000000") else { return }; // µs
+    let _strace = server.traced_by(strace);
+    server.signal(Signal::CHILD);
+    thread::sleep(ms(200)); // it has found none, and is held up
+    notes.release();
+    server.stderr.wait_for("smolrx: the command exited with 3");
+}
+
 // ------------------------------------------------------------------------ the end
 
 /// After SIGTERM, or SIGINT with it at once, the server waits for the run under way, longer than for its
