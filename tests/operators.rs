@@ -377,32 +377,27 @@ fn timer_does_not_make_up_for_missed_ticks() {
 /// that is pending then still comes.
 #[test]
 fn subject_gives_the_latest_item_and_ends_when_complete() {
-    let subject = Subject::default();
-    let mut items = pin!(subject.observe());
-    let woken = Arc::new(Flag::default());
-    let waker = Waker::from(woken.clone());
-    let mut next = || items.as_mut().poll_next(&mut Context::from_waker(&waker));
+    // With an item that is pending at the end, and without one.
+    for pending in [Some(4), None] {
+        let subject = Subject::default();
+        let mut items = pin!(subject.observe());
+        let woken = Arc::new(Flag::default());
+        let waker = Waker::from(woken.clone());
+        let mut next = || items.as_mut().poll_next(&mut Context::from_waker(&waker));
 
-    assert_eq!(next(), Poll::Pending);
-    for (items, latest) in [(&[1][..], 1), (&[2, 3], 3)] {
-        items.iter().for_each(|&item| subject.on_next(item));
-        assert!(woken.take());
-        assert_eq!(next(), Poll::Ready(Some(latest)));
         assert_eq!(next(), Poll::Pending);
-        assert!(!woken.take());
+        for (items, latest) in [(&[1][..], 1), (&[2, 3], 3)] {
+            items.iter().for_each(|&item| subject.on_next(item));
+            assert!(woken.take());
+            assert_eq!(next(), Poll::Ready(Some(latest)));
+            assert_eq!(next(), Poll::Pending);
+            assert!(!woken.take());
+        }
+        pending.inspect(|&item| subject.on_next(item));
+        subject.on_completed();
+        assert!(woken.take());
+        assert_eq!([next(), next()], [pending, None].map(Poll::Ready));
     }
-    subject.on_next(4);
-    subject.on_completed();
-    assert_eq!([next(), next()], [Poll::Ready(Some(4)), Poll::Ready(None)]);
-
-    let empty = Subject::<u32>::default();
-    let mut nothing = pin!(empty.observe());
-    let mut next = || nothing.as_mut().poll_next(&mut Context::from_waker(&waker));
-    assert_eq!(next(), Poll::Pending);
-    woken.take(); // by the last item above
-    empty.on_completed();
-    assert!(woken.take(), "completion alone wakes the observer");
-    assert_eq!(next(), Poll::Ready(None));
 }
 
 // ---------------------------------------------------------------- a tick beside a line

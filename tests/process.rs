@@ -228,18 +228,6 @@ fn stalled_stderr_holds_up_no_end() {
     }
 }
 
-/// A stderr that is closed ends nothing: it is written to in vain.
-#[test]
-fn closed_stderr_ends_nothing() {
-    let mut command = calm_on_loopback("--max-line 4 --debounce 600000");
-    let mut server = Server::on_loopback(command.stderr(io::pipe().unwrap().1));
-    let mut client = server.connect();
-    client.send("too long\n");
-    assert_eq!(client.until_closed(), b"");
-    server.echo("foo\n");
-    assert_eq!(observed(&server.stop().stdout), ["foo"]);
-}
-
 // ------------------------------------------------------------------ the probe
 
 /// A probe that waits is ended by a signal as any program is.

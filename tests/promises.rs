@@ -782,11 +782,13 @@ fn clock_goes_on_beside_a_flood_and_a_stalled_stdout() {
     }
 }
 
-/// Messages for a stderr that nobody reads, of whatever kind, hold up neither clients nor the end, and take
-/// bounded memory.
+/// Messages for a stderr that nobody reads, of whatever kind, or that is closed, hold up neither clients nor
+/// the end, and take bounded memory.
 #[test]
-fn stalled_stderr_holds_nobody_up() {
-    at_once(outputs(), |(kind, _reader, end)| {
+fn stalled_or_closed_stderr_holds_nobody_up() {
+    let (_, closed) = io::pipe().unwrap();
+    let closed: Output = ("a closed pipe", Box::new(io::empty()), closed.into());
+    at_once(outputs().into_iter().chain([closed]), |(kind, _reader, end)| {
         let mut server = Server::on_loopback(calm_on_loopback("--max-line 16").stderr(end));
         let memory = [3500, 2000].map(|messages| {
             for i in 0..messages {
@@ -854,11 +856,9 @@ fn stdout_at_its_size_limit_ends_it_with_a_message() {
 #[test]
 fn sigterm_ends_a_flood_of_lines() {
     for (clients, length) in [(4, 2001), (4, 101), (1000, 1)] {
-        let mut server = if clients == 4 {
-            Server::on_loopback(calm_on_loopback("--keep-open --quiet"))
-        } else {
-            Server::on_loopback(calm_on_loopback("--keep-open --max-conns 1024").stdout(Stdio::null()))
-        };
+        let command = &mut calm_on_loopback("--keep-open --max-conns 1024");
+        let command = if clients == 4 { command.arg("--quiet") } else { command.stdout(Stdio::null()) };
+        let mut server = Server::on_loopback(command);
         let exit = beside_a_flood(server.address, clients, &line_of(length), || server.stop());
         let event = (clients == 4).then(|| line_of(length).trim().to_owned());
         assert_eq!(exit.stdout, Vec::from_iter(event), "{clients} clients with lines of {length} bytes");
@@ -1084,7 +1084,6 @@ fn server_without_its_name() -> (Server, net::UnixDatagram) {
     let name = net::SocketAddr::from_abstract_name(format!("smolrx {}", port.number())).unwrap();
     let other = net::UnixDatagram::bind_addr(&name).unwrap();
     let server = Server::of(program(&calm(&format!("--tcp-port {}", port.number()))));
-    server.stderr.wait_for_count(1);
     (server, other)
 }
 
