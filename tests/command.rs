@@ -51,7 +51,7 @@ fn noted(options: &str, script: &str) -> (Notes, Server) {
 /// The same, started by a shell after `setup`.
 fn noted_after(setup: &str, options: &str, script: &str) -> (Notes, Server) {
     let notes = Notes::new();
-    let server = Server::found(after(setup, &notes.command(options, &["sh", "-c", script])));
+    let server = Server::on_loopback(after(setup, &notes.command(options, &["sh", "-c", script])));
     (notes, server)
 }
 
@@ -146,11 +146,11 @@ fn is_given_the_same(setup: &str, script: &str, arguments: &[&[u8]]) {
     let mut in_its_place = given(Command::new("env").envs(MALLOC).args(script));
     let mut printed = run(in_its_place.env("SMOLRX_EVENT", "poke")).stdout;
     let mut command = given(&mut with_command("-q", &script));
-    let mut server = Server::found(command.env("SMOLRX_EVENT", "an older one"));
+    let mut server = Server::on_loopback(command.env("SMOLRX_EVENT", "an older one"));
     server.echo("poke\n");
     server.stdout.wait_for_count(1);
     let clients = server.clients(100, "half");
-    clients.iter().for_each(Client::is_taken);
+    clients.iter().for_each(Client::wait_until_taken);
     server.echo("poke\n");
     server.stdout.wait_for_count(printed.len() + 1);
     clients.into_iter().for_each(Client::reset);
@@ -169,7 +169,7 @@ fn environment_is_the_servers() {
 /// A server without any environment finds the command where a shell looks then, and gives it the event alone.
 #[test]
 fn empty_environment() {
-    let mut server = Server::found(with_command("-q", &["env"]).env_clear());
+    let mut server = Server::on_loopback(with_command("-q", &["env"]).env_clear());
     server.echo("poke\n");
     let exit = server.stop();
     assert_eq!((exit.stdout, exit.stderr), (vec!["SMOLRX_EVENT=poke".into()], vec![]));
@@ -293,7 +293,7 @@ fn long_run_delays_nobody() {
         thread::sleep(ms(10));
     }
     server.echo("last\n");
-    is_healthy(server.address.port());
+    assert_healthy(server.address.port());
     assert_eq!(idle.until_closed(), b"", "the idle client");
     let busy = server.busy_during(ms(500));
     assert!(busy < ms(100), "busy for {busy:?} of half a second");
@@ -356,6 +356,19 @@ fn failed_run_is_told() {
     assert_eq!(notes.lines().len(), 12);
 }
 
+/// A run that fails is told although it ends while the server looks for other children that have ended.
+#[test]
+fn failed_run_is_told_though_it_ends_in_the_middle_of_reaping() {
+    let (notes, server) = noted("", &format!("{HELD}\nexit 3"));
+    notes.poke(&server, "poke\n");
+    let Some(strace) = strace("wait4:delay_exit=1000000") else { return }; // µs
+    let _strace = server.traced_by(strace);
+    server.signal(Signal::CHILD);
+    thread::sleep(ms(200)); // it has found none, and is held up
+    notes.release();
+    server.stderr.wait_for("smolrx: the command exited with 3");
+}
+
 // ------------------------------------------------------------------------ the end
 
 /// After SIGTERM, or SIGINT with it at once, the server waits for the run under way, longer than for its
@@ -370,11 +383,11 @@ fn signal_waits_for_the_run_and_runs_what_is_pending() {
         server.echo("third\n");
         let mut client = server.connect();
         client.send("comp");
-        client.is_taken();
+        client.wait_until_taken();
         server.suspend();
         signals.iter().for_each(|signal| server.signal(*signal));
         server.wake();
-        server.refuses();
+        server.wait_until_refused();
         if last == "completed" {
             client.send("leted\n");
             assert_eq!(client.rest(), b"completed\n");
@@ -406,7 +419,7 @@ fn signal_runs_what_the_debounce_holds() {
         (&["no-such"], &["a"], 127, &[], &["smolrx: cannot run no-such: not found (error 2)"]),
     ] {
         for _ in 0..10 {
-            let mut server = Server::found(with_command(&options, command));
+            let mut server = Server::on_loopback(with_command(&options, command));
             pokes.iter().for_each(|poke| _ = server.echo(format!("{poke}\n")));
             server.signal(Signal::TERM);
             let exit = server.exited(ms(6000));
@@ -430,14 +443,14 @@ fn second_signal_is_passed_on_and_ends_it() {
         (PENDING, &held, int, int, 130, "got INT"),
     ] {
         let notes = Notes::new();
-        let mut server = Server::found(notes.command(options, command));
+        let mut server = Server::on_loopback(notes.command(options, command));
         server.echo("first\n");
         if options.is_empty() {
             notes.wait_for("begin first");
             server.echo("second\n");
         }
         server.signal(first);
-        server.refuses();
+        server.wait_until_refused();
         notes.wait_for("begin first");
         thread::sleep(ms(200)); // within 100 ms it would be the same signal
         let what = format!("{options:?}, {command:?}, {first:?}, {second:?}");
@@ -462,7 +475,7 @@ fn command_holds_up_no_end() {
         let what = format!("{code}, {script}");
         let notes = Notes::new();
         let (reader, writer) = io::pipe().unwrap();
-        let mut server = Server::found(notes.command("", &["sh", "-c", script]).stdout(writer));
+        let mut server = Server::on_loopback(notes.command("", &["sh", "-c", script]).stdout(writer));
         let pid = Pid::from_raw(notes.poke(&server, "poke\n").parse().unwrap()).unwrap();
         thread::sleep(ms(100)); // now the output is full
         server.echo("more\n"); // which cannot be written there
@@ -488,7 +501,7 @@ fn ctrl_c_reaches_both() {
     let screen = Transcript::of(screen);
     // The terminal that is to control the session is the one under stdin.
     let mut command = after("exec setsid -c \"$0\" \"$@\" <&1", &notes.command("", &["sh", "-c", HELD]));
-    let mut server = Server::found(command.stdout(end.try_clone().unwrap()).stderr(end));
+    let mut server = Server::on_loopback(command.stdout(end.try_clone().unwrap()).stderr(end));
     notes.poke(&server, "poke\n");
     keys.write_all(b"\x03").unwrap();
     assert_eq!(server.exited(ms(6000)).code, Some(0), "{screen:?}");
@@ -528,7 +541,7 @@ fn reaps_without_a_command() {
     // (A shell would wait for its child.)
     let zombie = r#"exec perl -e '$SIG{CHLD} = sub { $ended = 1 }; fork or exit 8;
         select undef, undef, undef, 0.01 until $ended; exec @ARGV' "$0" "$@""#;
-    let elsewhere = [inherited, zombie].map(|setup| Server::found(after(setup, &program(POKED))));
+    let elsewhere = [inherited, zombie].map(|setup| Server::on_loopback(after(setup, &program(POKED))));
     for server in elsewhere.into_iter().chain(as_process_one(inherited, &program(POKED))) {
         wait_for_children(&server, 0);
         server.echo("poke\n");
@@ -584,7 +597,7 @@ fn runs_leak_nothing() {
 #[test]
 fn shortest_runs_are_noticed() {
     for setup in ["true", "exec env --block-signal=CHLD \"$0\" \"$@\""] {
-        let server = Server::found(after(setup, &with_command(TICKING, &["false"])));
+        let server = Server::on_loopback(after(setup, &with_command(TICKING, &["false"])));
         server.stderr.wait_for_count(200);
         assert!(server.stderr.lines().iter().all(|line| line == "smolrx: the command exited with 1"));
     }
@@ -631,7 +644,7 @@ fn command_that_cannot_be_started_ends_it() {
         (&[126, 127], "", &not_there),
     ] {
         for command in commands {
-            let mut server = Server::found(with_command("", &[command, "--argument"]));
+            let mut server = Server::on_loopback(with_command("", &[command, "--argument"]));
             let port = server.echo("poke\n");
             let exit = server.exited(ms(6000));
             let what = format!("{command:.60}: {exit:?}");
@@ -648,7 +661,7 @@ fn command_that_cannot_be_started_ends_it() {
 fn missing_command_is_not_tried_again() {
     let notes = Notes::new();
     let script = notes.install("script", "755", format!("#!/bin/sh\n{HELD}"));
-    let mut server = Server::found(notes.command("--debounce 1500", &[&script]));
+    let mut server = Server::on_loopback(notes.command("--debounce 1500", &[&script]));
     notes.poke(&server, "first\n");
     fs::remove_file(&script).unwrap();
     server.echo("second\n");
@@ -670,7 +683,7 @@ fn path_is_searched() {
     }
     let poked_with_path = |places: &str| {
         let mut command = with_command("", &["smolrx-tool"]);
-        let server = Server::found(command.env("PATH", places).current_dir(notes.name("")));
+        let server = Server::on_loopback(command.env("PATH", places).current_dir(notes.name("")));
         server.echo("poke\n");
         server
     };
@@ -712,7 +725,7 @@ fn long_event_is_whole_or_told() {
 fn run_that_is_left_out_is_told() {
     let notes = Notes::new();
     let program = notes.install("program", "755", fs::read("/bin/sh").unwrap());
-    let mut server = Server::found(notes.command("", &[&program, "-c", NOTE]));
+    let mut server = Server::on_loopback(notes.command("", &[&program, "-c", NOTE]));
     let is_told = |why: &str| server.stderr.wait_for(&format!("smolrx: cannot run {program}: {why}"));
     let writer = File::options().append(true).open(&program).unwrap();
     server.echo("busy\n");

@@ -153,7 +153,7 @@ fn http_request_is_no_event() {
                 let (start, end) = line.split_at(cut);
                 if !start.is_empty() {
                     client.send(start);
-                    client.is_taken();
+                    client.wait_until_taken();
                 }
                 client.send([end, rest].concat());
                 if finishes {

@@ -48,7 +48,7 @@ fn slow_clients_hold_nobody_up() {
 #[test]
 fn long_echo_holds_nobody_up() {
     // No text for stdout, which clients wait for.
-    let server = Server::found(calm_on_loopback("--quiet --max-line 40000000"));
+    let server = Server::on_loopback(calm_on_loopback("--quiet --max-line 40000000"));
     let line = line_of(30_000_000);
     let mut client = server.connect_with_small_window();
     let before = server.activity().0;

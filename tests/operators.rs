@@ -99,7 +99,7 @@ impl VirtualTime {
         let waker = Waker::from(woken.clone());
         let mut items = Vec::new();
         loop {
-            while woken.is_set() {
+            while woken.take() {
                 while let Poll::Ready(item) = stream.as_mut().poll_next(&mut Context::from_waker(&waker)) {
                     match item {
                         Some(item) => items.push((self.elapsed(), item)),
@@ -129,12 +129,12 @@ impl Scheduler for VirtualTime {
     }
 }
 
-/// Whether a task was woken.
+/// Whether a task was woken since this was last asked.
 #[derive(Default)]
 struct Flag(AtomicBool);
 
 impl Flag {
-    fn is_set(&self) -> bool {
+    fn take(&self) -> bool {
         self.0.swap(false, Ordering::Relaxed)
     }
 }
@@ -172,11 +172,12 @@ fn check(diagrams: &str) {
         let (name, diagram) = line.rsplit_once(' ').unwrap();
         let marbles = drawn(diagram);
         let Some((operator, arguments)) = name.trim().split_once('(') else {
-            source = Some(marbles);
+            source = Some((line, marbles));
             continue;
         };
         let time = VirtualTime::new();
-        let source = time.hot(source.as_ref().unwrap());
+        let (above, source) = source.as_ref().expect("a source is above");
+        let source = time.hot(source);
         let arguments = arguments.trim_end_matches(')').split(", ").map(|number| number.parse().unwrap());
         let outcome = match (operator, &arguments.collect::<Vec<u32>>()[..]) {
             ("debounce", &[window]) => time.observe(source.debounce(time.clone(), window * MS, None, later)),
@@ -192,7 +193,7 @@ fn check(diagrams: &str) {
             }
             _ => panic!("no operator: {line}"),
         };
-        assert_eq!(outcome, marbles, "{line}");
+        assert_eq!(outcome, marbles, "\n{above}\n{line}");
     }
 }
 
@@ -219,7 +220,8 @@ fn runs<T>(
 
 // ---------------------------------------------------------------- debounce
 
-/// `debounce` does what RxPY's `test_debounce` asks of it; at a tie the source goes first, as in RxPY.
+/// An item comes out once `window` of silence follows it, and at once when the source ends (RxPY's
+/// `test_debounce`); at a tie the source goes first.
 #[test]
 fn debounce_does_what_rxpy_tests() {
     check(
@@ -237,8 +239,8 @@ fn debounce_does_what_rxpy_tests() {
     );
 }
 
-/// A process that was stopped finds its timer and new items at once: the item whose silence is over comes
-/// first and is not hidden by the new one.
+/// Polled late, as in a process that was stopped, `debounce` emits the item whose silence is over before it
+/// takes a newer one.
 #[test]
 fn debounce_does_not_hide_an_item_behind_a_late_one() {
     let time = VirtualTime::new();
@@ -254,7 +256,7 @@ fn debounce_does_not_hide_an_item_behind_a_late_one() {
     assert_eq!(next(), Poll::Ready(Some(2)));
 }
 
-/// With a longest wait, a burst that never pauses gives out its latest item so often, and a new one begins.
+/// After the longest wait, a burst that never pauses gives out its latest item, and a new burst begins.
 #[test]
 fn debounce_gives_out_the_latest_item_after_the_longest_wait() {
     check(
@@ -269,7 +271,7 @@ fn debounce_gives_out_the_latest_item_after_the_longest_wait() {
     );
 }
 
-/// With a longest wait, even a source that always has an item lets a burst out.
+/// With a longest wait, a burst goes out even if the source always has another item.
 #[test]
 fn debounce_with_a_longest_wait_outlasts_a_source_that_is_always_ready() {
     let time = VirtualTime::new();
@@ -294,7 +296,7 @@ fn debounce_does_not_set_a_timer_for_each_item() {
     assert!(time.0.set.get() <= 12, "{} timers", time.0.set.get());
 }
 
-/// Of a burst the last line is the event, be it empty, and the last tick only if there is no line.
+/// The event of a burst is its last line, even an empty one; its last tick, only if it has no line.
 #[test]
 fn a_tick_never_replaces_a_line() {
     let line = |text: &str| Line(text.into());
@@ -314,7 +316,7 @@ fn a_tick_never_replaces_a_line() {
 
 // ---------------------------------------------------------------- then_latest
 
-/// One future runs at a time; of what comes meanwhile the latest is next, and the end waits for both.
+/// One future runs at a time, then the one of the latest item that came meanwhile; the end waits for both.
 #[test]
 fn then_latest_runs_one_at_a_time_and_then_the_latest() {
     check(
@@ -375,24 +377,27 @@ fn timer_does_not_make_up_for_missed_ticks() {
 /// that is pending then still comes.
 #[test]
 fn subject_gives_the_latest_item_and_ends_when_complete() {
-    let subject = Subject::default();
-    let mut items = pin!(subject.observe());
-    let woken = Arc::new(Flag::default());
-    let waker = Waker::from(woken.clone());
-    let mut next = || items.as_mut().poll_next(&mut Context::from_waker(&waker));
+    // With an item that is pending at the end, and without one.
+    for pending in [Some(4), None] {
+        let subject = Subject::default();
+        let mut items = pin!(subject.observe());
+        let woken = Arc::new(Flag::default());
+        let waker = Waker::from(woken.clone());
+        let mut next = || items.as_mut().poll_next(&mut Context::from_waker(&waker));
 
-    assert_eq!(next(), Poll::Pending);
-    for (items, latest) in [(&[1][..], 1), (&[2, 3], 3)] {
-        items.iter().for_each(|&item| subject.on_next(item));
-        assert!(woken.is_set());
-        assert_eq!(next(), Poll::Ready(Some(latest)));
         assert_eq!(next(), Poll::Pending);
-        assert!(!woken.is_set());
+        for (items, latest) in [(&[1][..], 1), (&[2, 3], 3)] {
+            items.iter().for_each(|&item| subject.on_next(item));
+            assert!(woken.take());
+            assert_eq!(next(), Poll::Ready(Some(latest)));
+            assert_eq!(next(), Poll::Pending);
+            assert!(!woken.take());
+        }
+        pending.inspect(|&item| subject.on_next(item));
+        subject.on_completed();
+        assert!(woken.take());
+        assert_eq!([next(), next()], [pending, None].map(Poll::Ready));
     }
-    subject.on_completed();
-    assert!(woken.is_set());
-    subject.on_next(4);
-    assert_eq!([next(), next()], [Poll::Ready(Some(4)), Poll::Ready(None)]);
 }
 
 // ---------------------------------------------------------------- a tick beside a line
@@ -402,15 +407,15 @@ fn subject_gives_the_latest_item_and_ends_when_complete() {
 fn a_lone_poke_beside_a_tick_is_observed() {
     check(
         "
-        before         -----p--------------|
+        3 ms before    -----p--------------|
         pipeline(8, 2) --0----p--1-------2-|
-        in the window  ------p-------------|
+        2 ms before    ------p-------------|
         pipeline(8, 2) --0-------p-------2-|
         with the tick  --------p-----------|
         pipeline(8, 2) --0-------p-------2-|
-        in the window  ----------p---------|
+        2 ms after     ----------p---------|
         pipeline(8, 2) --0---------p-----2-|
-        after it       -----------p--------|
+        3 ms after     -----------p--------|
         pipeline(8, 2) --0-------1--p----2-|
         ",
     );
@@ -418,7 +423,7 @@ fn a_lone_poke_beside_a_tick_is_observed() {
 
 // ---------------------------------------------------------------- any input
 
-/// Items with rising instants, and an end after them or none. Joined, items tell what became of each.
+/// Items at instants that never fall. Each is a list of one, so that `joined` shows what a burst is made of.
 fn any_marbles() -> impl Strategy<Value = Marbles<Vec<Time>>> {
     let gaps = prop::collection::vec((0..40u64, 0..1_000u64), 0..40);
     (gaps, prop::option::of(0..100u64)).prop_map(|(gaps, after)| {

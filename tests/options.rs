@@ -277,7 +277,8 @@ fn debounce_that_starves_is_warned_of() {
     for (options, warnings) in [(warned, &[warning][..]), (silent, &[])] {
         for options in options.split('|') {
             let started = Instant::now();
-            let mut server = Server::found(program(&format!("--tcp-port 0 --bind 127.0.0.1 {options}")));
+            let mut server =
+                Server::on_loopback(program(&format!("--tcp-port 0 --bind 127.0.0.1 {options}")));
             server.stderr.wait_for_count(warnings.len());
             assert!(started.elapsed() < ms(5000), "{options}: after {:?}", started.elapsed());
             server.echo("foo\n");

@@ -16,7 +16,7 @@ use std::time::Instant;
 /// A server ends well once this client, which is in the middle of a line, has ended it; the line is observed.
 #[track_caller]
 fn ends_well(mut server: Server, mut client: Client) {
-    server.refuses();
+    server.wait_until_refused();
     assert!(server.is_running(), "it does not wait for the client's line: {:?}", server.exited(PATIENCE));
     client.send("ish\n");
     assert_eq!(client.rest(), b"finish\n");
@@ -129,7 +129,7 @@ fn ends_with_its_reader(process: &mut Process, reader: impl Sized, what: &str) {
 fn closed_stdout_ends_it_at_once() {
     for options in ["", "--quiet", "--quiet --interval 0"] {
         for (what, reader, output) in outputs() {
-            let mut server = Server::found(calm_on_loopback(options).stdout(output));
+            let mut server = Server::on_loopback(calm_on_loopback(options).stdout(output));
             let _client = server.client_in("fin");
             ends_with_its_reader(&mut server, reader, &format!("{what}, {options}"));
         }
@@ -160,12 +160,12 @@ fn stdout_closed_before_the_start_ends_it() {
 fn stdout_closed_while_text_waits_ends_it() {
     for stopping in [false, true] {
         let (reader, writer) = io::pipe().unwrap();
-        let mut server = Server::found(calm_on_loopback("--keep-open --timeout 600000").stdout(writer));
+        let mut server = Server::on_loopback(calm_on_loopback("--keep-open --timeout 600000").stdout(writer));
         let mut floods = [Flood::new(server.connect(), true)];
         Flood::pump_until_stalled(&mut floods, ms(500));
         if stopping {
             server.signal(Signal::TERM);
-            server.refuses();
+            server.wait_until_refused();
             assert!(server.is_running());
         }
         ends_with_its_reader(&mut server, reader, &format!("stopping {stopping}"));
@@ -190,7 +190,7 @@ fn quiet_output_costs_nothing() {
     add("/dev/null", Box::new(io::empty()), File::create("/dev/null").unwrap().into());
     add("a file", Box::new(io::empty()), File::create(scratch.file("log")).unwrap().into());
     at_once(outputs, |(what, _reader, output)| {
-        let mut server = Server::found(calm_on_loopback("--quiet").stdout(output));
+        let mut server = Server::on_loopback(calm_on_loopback("--quiet").stdout(output));
         server.echo("foo\n");
         server.comes_to_rest();
         assert!(server.is_running(), "beside {what} it has ended: {:?}", server.exited(PATIENCE));
@@ -226,18 +226,6 @@ fn stalled_stderr_holds_up_no_end() {
         command.stdout(dev_full()).stderr(stderr.try_clone().unwrap());
         assert_eq!(Process::spawn(&mut command).exited(ms(6000)).code, Some(code), "{command:?}");
     }
-}
-
-/// A stderr that is closed ends nothing: it is written to in vain.
-#[test]
-fn closed_stderr_ends_nothing() {
-    let mut command = calm_on_loopback("--max-line 4 --debounce 600000");
-    let mut server = Server::found(command.stderr(io::pipe().unwrap().1));
-    let mut client = server.connect();
-    client.send("too long\n");
-    assert_eq!(client.until_closed(), b"");
-    server.echo("foo\n");
-    assert_eq!(observed(&server.stop().stdout), ["foo"]);
 }
 
 // ------------------------------------------------------------------ the probe

@@ -4,6 +4,7 @@ mod common;
 
 use common::*;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::ioctl_fionread;
 use rustix::net::{SendFlags, sockopt};
 use rustix::process::Signal;
 use std::fs::{self, File};
@@ -19,8 +20,8 @@ use std::time::{Duration, Instant};
 /// More bytes than the kernel's buffers hold.
 const HUGE: usize = 5_000_000;
 
-/// The same options without `--keep-open` and with it, each with a clock that keeps out of the way.
-fn both_ways(options: &str) -> [String; 2] {
+/// Calm options, without `--keep-open` and with it.
+fn calm_keep_open_or_not(options: &str) -> [String; 2] {
     [calm(options), calm(&format!("--keep-open {options}"))]
 }
 
@@ -45,15 +46,24 @@ fn beside_a_flood<T>(address: SocketAddr, clients: usize, line: &str, body: impl
     beside([0, 1].map(load).into(), 100 << 10, body)
 }
 
-/// How long the echo of a line takes, the first bytes of which are sent ahead.
-fn time_of_echo(address: SocketAddr, length: usize, first: usize) -> Duration {
-    let (start, line) = (Instant::now(), line_of(length));
-    let mut client = Client::connect(address);
-    client.send(&line[..first]);
-    thread::sleep(ms(20)); // the server sees a part, if that is one
-    client.send(&line[first..]);
-    client.expect(line);
-    start.elapsed()
+/// A client's line, the first bytes of which are sent ahead, is echoed within this time, in one of three tries:
+/// a busy machine may take the time once or twice.
+#[track_caller]
+fn assert_echoed_within(limit: Duration, address: SocketAddr, length: usize, first: usize) {
+    let (mut times, line) = (vec![], line_of(length));
+    let is_in_time = |_| {
+        let start = Instant::now();
+        let mut client = Client::connect(address);
+        client.send(&line[..first]);
+        if first < length {
+            client.wait_until_taken();
+        }
+        client.send(&line[first..]);
+        client.expect(&line);
+        times.push(start.elapsed());
+        times.last() < Some(&limit)
+    };
+    assert!((0..3).any(is_in_time), "the echo of {length} bytes, {first} of them sent ahead, took {times:?}");
 }
 
 // ------------------------------------------------- the echo is the acknowledgement
@@ -61,7 +71,7 @@ fn time_of_echo(address: SocketAddr, length: usize, first: usize) -> Duration {
 /// A line whose echo was sent is printed and observed, though the signal to stop comes right behind the echo.
 #[test]
 fn echoed_line_is_printed_and_observed() {
-    for options in both_ways("").iter().cycle().take(40) {
+    for options in calm_keep_open_or_not("").iter().cycle().take(40) {
         let mut server = Server::start(options);
         let mut client = server.connect();
         client.send("foo\n");
@@ -72,7 +82,7 @@ fn echoed_line_is_printed_and_observed() {
 
 // ------------------------------------------------------------------------- a line
 
-/// Small lines do not wait for the client's acknowledgement of the echoes before them.
+/// The echo of a small line does not wait until the client acknowledges the one before it.
 #[test]
 fn pipelined_echoes_are_not_held_back() {
     let server = Server::calm("--keep-open");
@@ -88,13 +98,14 @@ fn pipelined_echoes_are_not_held_back() {
     };
     let mut gaps: Vec<Duration> = (0..15).map(gap).collect();
     gaps.sort();
+    // Held back, each would take 40 ms; a busy machine may hold up most of them, and hardly ten of fifteen.
     assert!(gaps[5] < ms(20), "the rest of an echo came so long after its beginning: {gaps:?}");
 }
 
 /// A byte sent as urgent is in its place in the echo like any other.
 #[test]
 fn urgent_byte_is_echoed_in_its_place() {
-    for options in both_ways("") {
+    for options in calm_keep_open_or_not("") {
         let mut server = Server::start(&options);
         let mut client = server.client_in("ab");
         assert_eq!(rustix::net::send(&client.0, b"c", SendFlags::OOB), Ok(1));
@@ -105,7 +116,8 @@ fn urgent_byte_is_echoed_in_its_place() {
     }
 }
 
-/// The lines of a client that leaves before their echo are received; of one that resets those that are whole.
+/// A client that leaves before its echo comes loses no line; one that resets the connection loses only what
+/// has no newline yet.
 #[test]
 fn lines_of_a_client_that_is_gone_are_received() {
     let many: String = (0..10_000).map(|i| format!("{i}\n")).collect();
@@ -135,7 +147,8 @@ fn lines_of_a_client_that_is_gone_are_received() {
         server.stdout.wait_for(CLOSE);
         let exit = server.stop();
         let lines: Vec<&str> = text.lines().filter(|line| *line != "part of a line").collect();
-        let what = format!("{text:.60?}, {options:?}, in the backlog: {in_the_backlog}");
+        let beginning = &text[..text.len().min(60)];
+        let what = format!("{beginning:?}, {options:?}, in the backlog: {in_the_backlog}");
         assert!(received_from(&exit.stdout, port) == lines, "{what}: {:?}", server.stdout);
         assert_eq!(observed(&exit.stdout), lines[lines.len() - 1..], "{what}");
     }
@@ -147,40 +160,42 @@ fn lines_of_a_client_that_is_gone_are_received() {
 #[test]
 fn silent_connection_is_closed() {
     let part = "half a li";
-    for (keep_open, line, part) in
-        [(0, "", ""), (0, "", part), (1, "", ""), (1, "", part), (1, "foo\n", part)]
-    {
-        let mut server = Server::start(&both_ways("--timeout 300")[keep_open]);
+    let kept = "--keep-open";
+    let cases = [("", "", ""), ("", "", part), (kept, "", ""), (kept, "", part), (kept, "foo\n", part)];
+    at_once(cases, |(options, line, part)| {
+        let what = format!("{options:?}, {line:?}, {part:?}");
+        let mut server = Server::calm(&format!("--timeout 1500 {options}"));
         let start = Instant::now();
         let mut client = server.connect();
         client.send(line);
         client.expect(line);
-        thread::sleep(ms(100));
+        thread::sleep(ms(500));
         client.send(part);
-        assert_eq!(client.until_closed(), b"");
-        let (took, least) = (start.elapsed(), if part.is_empty() { ms(295) } else { ms(395) });
-        assert!(took >= least, "after {took:?}");
+        assert_eq!(client.until_closed(), b"", "{what}");
+        let (took, least) = (start.elapsed(), if part.is_empty() { ms(1495) } else { ms(1995) });
+        assert!(took >= least, "{what}: after {took:?}");
+        let mut expected = if line.is_empty() { vec![] } else { conversation("foo", client.port()).to_vec() };
         drop(client);
-        server.echo("bar\n");
-        let exit = server.stop();
-        assert_eq!(exit.stdout.len(), if line.is_empty() { 5 } else { 8 }, "{exit:?}");
-        assert_eq!(observed(&exit.stdout), ["bar"]);
-    }
+        expected.extend(conversation("bar", server.echo("bar\n")));
+        expected.push("Observing bar".into());
+        assert_eq!(server.stop().stdout[1..], expected, "{what}");
+    });
 }
 
 /// A client that does not take its echo is let go after `--timeout`, and what it sent is observed all the
 /// same, as it is when the client resets the connection meanwhile.
 #[test]
 fn connection_that_does_not_take_its_echo_is_closed() {
-    for resets in [false, true] {
-        let timeout = if resets { 60_000 } else { 1000 };
+    for (resets, timeout) in [(false, 1000), (true, 60_000)] {
         let mut server = Server::calm(&format!("--timeout {timeout} --max-line 6000000"));
         let before = server.descriptors();
         let mut client = server.connect_with_small_window();
+        let start = Instant::now();
         client.send(format!("start{}", line_of(HUGE)));
         client.expect("start");
-        let _kept = (!resets).then_some(client); // who leaves with bytes unread resets
+        let _open = Some(client).filter(|_| !resets); // dropped with bytes unread, it resets
         eventually(PATIENCE, "its descriptor is open no more", || server.descriptors() == before);
+        assert!(resets || start.elapsed() >= ms(995), "after {:?}", start.elapsed());
         let exit = server.stop();
         assert!(exit.stdout.last().unwrap().starts_with("Observing startxxx"), "not observed");
     }
@@ -199,23 +214,22 @@ fn client_that_only_sends_is_closed() {
     assert!(start.elapsed() >= ms(995), "after {:?}", start.elapsed());
 }
 
-/// A client that is slow but goes on is not cut off, be it that its line takes long or that it takes its echo
-/// a little at a time, though the kernel's buffers are large.
+/// A slow client that goes on is not cut off, whether its line takes long or it takes its echo bit by bit.
 #[test]
 fn slow_client_is_not_cut() {
-    let server = &Server::calm("--timeout 1500 --max-line 9000000");
+    let server = &Server::calm("--timeout 3000 --max-line 9000000");
     thread::scope(|scope| {
         scope.spawn(|| {
             let mut client = server.connect();
             for piece in "xxxxxxxxxx\n".split_inclusive('x') {
                 client.send(piece);
-                thread::sleep(ms(200));
+                thread::sleep(ms(400));
             }
             assert_eq!(client.rest(), b"xxxxxxxxxx\n");
         });
         let (line, mut client) = (line_of(8_000_000), server.connect());
         client.send(&line);
-        let mut bytes = vec![0; 600_000];
+        let mut bytes = vec![0; 900_000];
         for chunk in bytes.chunks_mut(20_000) {
             client.0.read_exact(chunk).expect("the server goes on with its echo");
             thread::sleep(ms(100));
@@ -225,14 +239,14 @@ fn slow_client_is_not_cut() {
     });
 }
 
-/// Lines that are there when their clients' time is judged count, however late that is: they came while the
-/// server slept, and are more than it looks at in one go.
+/// A line that arrives within its client's time counts, even if the server looks later: it sleeps past the
+/// timeout, and more clients have sent than it looks at in one turn.
 #[test]
 fn lines_that_came_in_time_beat_the_timeout() {
-    at_once(both_ways(""), |options| {
+    at_once(calm_keep_open_or_not(""), |options| {
         // On a busy machine it takes longer to connect them all.
         if ![1500, 6000, 48_000].into_iter().any(|timeout| lines_beat_the_timeout(&options, timeout)) {
-            skip("this machine is too slow to tell");
+            skip(format!("this machine is too slow to connect 500 clients in time, {options:?}"));
         }
     });
 }
@@ -247,7 +261,7 @@ fn lines_beat_the_timeout(options: &str, timeout: u64) -> bool {
     let accepting = Instant::now();
     server.wake();
     let is_late = || accepting.elapsed() > ms(timeout - 100);
-    eventually(PATIENCE, "all are accepted, or it is too late", || {
+    eventually(ms(timeout) + PATIENCE, "all are accepted, or it is too late", || {
         is_late() || server.descriptors() == before + CLIENTS && clients[CLIENTS - 1].is_read()
     });
     server.suspend();
@@ -284,8 +298,8 @@ fn more_sent_at_any_moment_does_not_cut_the_echo() {
     assert_eq!(client.rest(), b"foo\n", "in good order, as the server knows that there is more");
 }
 
-/// The echo of a long line arrives whole although its client sends one byte more and takes it late, be the
-/// echo not begun by then, begun, or in the kernel's hands.
+/// The echo of a long line arrives whole although its client reads late and sends one more byte, before the
+/// echo begins, while it is sent, or when the kernel has all of it.
 #[test]
 fn byte_after_a_long_line_does_not_cut_the_echo() {
     let server = Server::calm("--max-line 6000000");
@@ -309,7 +323,8 @@ fn byte_after_a_long_line_does_not_cut_the_echo_over_a_slow_network() {
     });
 }
 
-/// Each client sends a line, some time after so much of its echo has come a byte, and takes the echo later.
+/// Each client sends a line; once `begun` bytes of its echo are there, and `pause` ms later, one more byte;
+/// `later` ms after that it reads the echo, which must be whole.
 fn byte_after_a_long_line(mut clients: Vec<Client>, length: usize, begun: usize, pause: u64, later: u64) {
     let line = line_of(length);
     clients.iter_mut().for_each(|client| client.send(&line));
@@ -322,8 +337,8 @@ fn byte_after_a_long_line(mut clients: Vec<Client>, length: usize, begun: usize,
     assert_eq!(whole, clients.len(), "echoes of {length} bytes, the byte sent after {pause} ms");
 }
 
-/// A client that never closes is let go five seconds after its long echo, and gets all of that, whether it
-/// sends no more, takes the echo late amid a flood of its own, or takes it when the server has let go.
+/// A client that never closes is let go five seconds after its long echo, and gets all of it, whether it takes
+/// it at once, late amid a flood of its own, or only once the server has let go.
 #[test]
 fn client_that_never_closes_is_let_go() {
     let server = Server::calm("--max-line 65536");
@@ -345,10 +360,14 @@ fn client_that_never_closes_is_let_go() {
             thread::sleep(ms(1));
         }
     });
-    thread::sleep(ms(1000));
+    thread::sleep(ms(4000));
+    let open = server.descriptors();
+    if sent.elapsed() > ms(4500) {
+        return skip("this machine is too slow to look before the five seconds are over");
+    }
+    assert_eq!(open, before + clients.len(), "some are let go early");
     clients[4].expect(&line);
-    assert!(sent.elapsed() < ms(4000), "the echo took {:?}", sent.elapsed());
-    eventually(ms(7000), "they are let go", || server.descriptors() == before);
+    eventually(ms(3000), "they are let go", || server.descriptors() == before);
     flood.join().unwrap();
     clients[2..4].iter_mut().for_each(|client| client.expect(&line));
 }
@@ -356,7 +375,8 @@ fn client_that_never_closes_is_let_go() {
 // ------------------------------------------------------------------- hostile input
 
 /// Control characters, bidi controls and bytes that are not UTF-8 are echoed as they came, and shown so that
-/// they can do no harm: an event is one line, and no client writes to the terminal.
+/// they can do no harm: an event is one line, and no client writes to the terminal. Blanks at a line's ends,
+/// and a byte order mark at its start, are not shown.
 #[test]
 fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
     let (nul, shown_nul) = ("\0".repeat(2000) + "\n", r"\u{0}".repeat(2000));
@@ -404,7 +424,7 @@ fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
 #[test]
 fn longer_line_is_refused() {
     for (limit, options) in [(16, "--max-line 16"), (2048, "")] {
-        for options in both_ways(options) {
+        for options in calm_keep_open_or_not(options) {
             let mut server = Server::start(&options);
             let longest = line_of(limit);
             let port = server.echo(&longest);
@@ -454,15 +474,15 @@ fn clients_beyond_the_limit_wait_and_are_served() {
         }
         expected.extend(served[1..].iter_mut().flat_map(&mut ends));
         let exit = server.stop();
-        assert_eq!(exit.stdout[1..=expected.len()], expected, "the waiting are served in their order");
+        assert!(exit.stdout[1..].starts_with(&expected), "not in their order, {options:?}: {exit:?}");
         assert_eq!(observed(&exit.stdout), [if limit == 1 { "sent" } else { "begun, ended" }]);
     }
 }
 
-/// Out of descriptors it waits without spinning, warns once a second at most, and goes on when there are
-/// some: every client is served in the end.
+/// A server that is out of descriptors waits without spinning, warns once a second at most, and goes on when
+/// there are some: every client is served in the end.
 #[test]
-fn descriptors_exhausted_and_recovered() {
+fn server_out_of_descriptors_waits_and_goes_on() {
     let mut server = Server::start_after("ulimit -n 64", &calm(""));
     let before = server.descriptors();
     let mut clients = server.clients(100, "");
@@ -514,22 +534,22 @@ fn unfinished_lines_of_many_lengths_take_bounded_memory() {
             let mut clients = server.clients(count, "");
             // Text that is too long is refused, perhaps before all of it is sent.
             clients.iter_mut().for_each(|client| _ = client.0.write_all(text.as_bytes()));
-            thread::sleep(ms(100)); // all that it reads is read
+            server.comes_to_rest();
             clients.into_iter().for_each(Client::reset);
         }
     });
     server.echo("last\n");
 }
 
-/// Clients that leave from between others, whose places are taken at once, leave no holes that nobody can use.
+/// Memory stays bounded when every second client leaves and others take their places.
 #[test]
-fn every_second_client_that_leaves_takes_bounded_memory() {
+fn memory_is_bounded_when_every_second_client_leaves() {
     let server = Server::calm("");
     let unfinished = "x".repeat(2048);
     in_bounded_memory(&server, || {
         let mut clients = server.clients(1024, &unfinished);
         for _ in 0..3 {
-            thread::sleep(ms(100)); // all that it reads is read
+            server.comes_to_rest();
             let mut leaves = [true, false].into_iter().cycle();
             clients.retain(|_| !leaves.next().unwrap());
             clients.extend(server.clients(512, &unfinished));
@@ -537,30 +557,28 @@ fn every_second_client_that_leaves_takes_bounded_memory() {
     });
 }
 
-/// Connections that all hold as much of an unfinished line as they may take bounded memory and no processor
-/// time, and whole lines beside them are served at once.
+/// Connections that each hold the longest unfinished line take bounded memory and no processor time, and
+/// whole lines beside them are served at once.
 #[test]
 fn longest_unfinished_lines_take_bounded_memory_and_nobodys_time() {
-    let [one_line, keep_open] = both_ways("");
-    at_once([(one_line, ""), (keep_open, &line_of(2000))], |(options, behind_a_line)| {
-        let mut server = Server::start(&options);
+    at_once([("", ""), ("--keep-open", &*line_of(2000))], |(options, line_before)| {
+        let mut server = Server::calm(options);
         let holders = in_bounded_memory(&server, || {
-            let mut holders = server.clients(511, &[behind_a_line, &"h".repeat(2047)].concat());
-            holders.iter_mut().for_each(|holder| holder.expect(behind_a_line));
-            thread::sleep(ms(500)); // all that it reads is read
+            let mut holders = server.clients(511, &[line_before, &"h".repeat(2047)].concat());
+            holders.iter_mut().for_each(|holder| holder.expect(line_before));
+            holders.iter().for_each(Client::wait_until_taken);
             for (length, parts) in [6, 300, 1000, 2000, 2048].into_iter().flat_map(|n| [(n, 1), (n, 2)]) {
-                let took = time_of_echo(server.loopback(), length, length / parts);
-                assert!(took < ms(1000), "{length} bytes in {parts} parts took {took:?}");
+                assert_echoed_within(ms(1000), server.loopback(), length, length / parts);
             }
-            is_healthy(server.address.port());
+            assert_healthy(server.address.port());
             holders
         });
         let busy = server.busy_during(ms(3000));
-        assert!(busy < ms(15), "busy for {busy:?} of three seconds");
+        assert!(busy < ms(15), "{options:?}: busy for {busy:?} of three seconds");
         // Not in good order, in which an unfinished line is a line.
         holders.into_iter().for_each(Client::reset);
         server.echo("last\n");
-        assert_eq!(observed(&server.stop().stdout), ["last"]);
+        assert_eq!(observed(&server.stop().stdout), ["last"], "{options:?}");
     });
 }
 
@@ -570,15 +588,13 @@ fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
     raise_descriptor_limit();
     let server = Server::calm("--keep-open");
     in_bounded_memory(&server, || {
-        let taker = |_| Flood::new(server.connect_with_small_window(), false);
-        let mut takers: Vec<Flood> = (0..400).map(taker).collect();
+        let sender = |_| Flood::new(server.connect_with_small_window(), false);
+        let mut senders: Vec<Flood> = (0..400).map(sender).collect();
         let end = Instant::now() + ms(4000);
         while Instant::now() < end {
-            takers.iter_mut().for_each(|taker| _ = taker.pump(true));
+            senders.iter_mut().for_each(|sender| _ = sender.pump(true));
         }
-        // A busy machine may take the time once or twice.
-        let times = [(); 3].map(|()| time_of_echo(server.loopback(), 2000, 2000));
-        assert!(times.iter().any(|time| *time < ms(1000)), "a line took {times:?}");
+        assert_echoed_within(ms(1000), server.loopback(), 2000, 2000);
     });
 }
 
@@ -591,7 +607,7 @@ fn text_that_waits_takes_bounded_memory() {
     let clients = in_bounded_memory(&server, || {
         let mut clients = server.clients(500, &line);
         assert!(clients[499].hears_nothing_for(ms(1000)));
-        is_healthy(server.address.port());
+        assert_healthy(server.address.port());
         server.stdout.resume();
         let is_whole = |client: &mut Client| client.rest() == line.as_bytes();
         assert!(clients.iter_mut().all(is_whole), "an echo differs");
@@ -619,12 +635,12 @@ fn clients_that_say_nothing_leave_nothing() {
 
 // ------------------------------------------------- stdout and stderr that nobody reads
 
-/// Whole lines are served at once, as soon as there is room for their text, beside a flood, clients in the
-/// middle of their lines and a reader of stdout that takes 300 kB a second.
+/// A whole line is served as soon as there is room for its text, beside a flood, clients in the middle of
+/// their lines and a reader of stdout that takes 300 kB a second.
 #[test]
 fn lines_are_served_beside_a_slow_reader_of_stdout() {
     let (mut reader, writer) = io::pipe().unwrap();
-    let server = Server::found(calm_on_loopback("--keep-open").stdout(writer));
+    let server = Server::on_loopback(calm_on_loopback("--keep-open").stdout(writer));
     thread::spawn(move || {
         let mut chunk = [0; 16_384];
         while let Ok(length @ 1..) = reader.read(&mut chunk) {
@@ -634,9 +650,8 @@ fn lines_are_served_beside_a_slow_reader_of_stdout() {
     let _holders = server.clients(9, &"h".repeat(2000));
     beside_a_flood(server.address, 4, &line_of(101), || {
         for length in [6, 300, 1000, 1500, 2000].repeat(2) {
-            let took = time_of_echo(server.address, length, length);
             // 128 KiB wait before it, for half a second; and the flood's lines beside it.
-            assert!(took < ms(3000), "{length} bytes took {took:?}");
+            assert_echoed_within(ms(3000), server.address, length, length);
         }
     });
 }
@@ -648,8 +663,8 @@ struct Stalled {
     floods: [Flood; 4],
 }
 
-/// Runs `check` on a server for each kind of stdout that nobody reads (a socket can't even be opened anew by
-/// anybody), with its stderr stalled there as well and not.
+/// Runs `check` on a server for each kind of stdout that nobody reads, its stderr stalled there as well or
+/// not.
 fn with_every_stalled_stdout(check: impl Fn(Stalled) + Sync) {
     let cases = [false, true].into_iter().flat_map(|both| outputs().map(|output| (output, both)));
     at_once(cases, |(output, both)| check(Stalled::start(output, both, OFlags::empty())));
@@ -665,16 +680,16 @@ impl Stalled {
         if both {
             command.stderr(writer.try_clone().unwrap());
         }
-        let mut server = Server::found(command.stdout(writer));
+        let mut server = Server::on_loopback(command.stdout(writer));
         drop(command);
         server.stdout = Transcript::of_paused(reader);
         fcntl_setfl(&holder, fcntl_getfl(&holder).unwrap() | mode).unwrap();
         let mut floods = [(); 4].map(|()| Flood::new(server.connect(), true));
         Flood::pump_until_stalled(&mut floods, ms(500));
         let echoed: usize = floods.iter().map(|flood| flood.echoed).sum();
-        // Each prints twice its length; 128 KiB are queued, a pipe holds 64 KiB.
-        assert!(echoed * 200 < 400 << 10, "{what}: {echoed} lines were echoed");
-        is_healthy(server.address.port());
+        // Each prints more than twice its 100 bytes; 128 KiB are queued, and a pipe holds 64 KiB.
+        assert!(echoed * 200 < 200 << 10, "{what}: {echoed} lines were echoed");
+        assert_healthy(server.address.port());
         let flags = fcntl_getfl(&holder).unwrap();
         assert_eq!(flags & OFlags::NONBLOCK, mode, "whether {what} blocks its other holders");
         Self { what, server, floods }
@@ -700,7 +715,7 @@ impl Stalled {
     }
 }
 
-/// A stdout that nobody reads, of whatever kind, holds up no probe, and no end by a second signal.
+/// A stdout that nobody reads, of whatever kind, holds up neither `--health` nor a second signal.
 #[test]
 fn second_signal_ends_it_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|mut stalled| {
@@ -709,8 +724,8 @@ fn second_signal_ends_it_beside_any_stalled_stdout() {
     });
 }
 
-/// Of lines beside a stalled stdout, of whatever kind, few are echoed; no client is cut off for the time for
-/// which it is kept waiting; and when somebody reads again, no line is missing.
+/// Few lines are echoed beside a stalled stdout of any kind; no client is cut off because it is kept waiting;
+/// no line is missing once somebody reads again.
 #[test]
 fn nothing_is_lost_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|stalled| {
@@ -724,7 +739,7 @@ fn nothing_is_lost_beside_any_stalled_stdout() {
 fn all_is_written_after_a_stop_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|mut stalled| {
         stalled.server.signal(Signal::TERM);
-        stalled.server.refuses();
+        stalled.server.wait_until_refused();
         thread::sleep(ms(7000));
         assert!(stalled.server.is_running(), "{}: ended before it was read", stalled.what);
         stalled.completes(true);
@@ -742,12 +757,39 @@ fn output_made_nonblocking_loses_nothing() {
     });
 }
 
-/// Messages for a stderr that nobody reads, of whatever kind, hold up neither clients nor the end, and take
-/// bounded memory.
+/// The clock goes on beside a flood of lines, whether somebody reads stdout or nobody does.
 #[test]
-fn stalled_stderr_holds_nobody_up() {
-    at_once(outputs(), |(kind, _reader, end)| {
-        let mut server = Server::found(calm_on_loopback("--max-line 16").stderr(end));
+fn clock_goes_on_beside_a_flood_and_a_stalled_stdout() {
+    for stalled in [false, true] {
+        let server = Server::start("--interval 50 --keep-open");
+        if stalled {
+            server.stdout.pause();
+        }
+        let (start, mut flood) = (Instant::now(), [Flood::new(server.connect(), true)]);
+        while start.elapsed() < ms(3000) {
+            (0..100).for_each(|_| _ = flood[0].pump(true));
+            thread::sleep(ms(1));
+        }
+        let due = start.elapsed().as_millis() / 50;
+        server.stdout.resume();
+        Flood::complete(&mut flood);
+        let last = format!("Observing {}", flood[0].line(flood[0].lines - 1));
+        let tick = server.stdout.wait_until("a tick behind the last line", |lines| {
+            let place = lines.iter().rposition(|line| *line == last)?;
+            observed(&lines[place + 1..]).first()?.parse::<u128>().ok()
+        });
+        assert!(tick >= due / 2, "the clock came to {tick} while {due} were due, stalled: {stalled}");
+    }
+}
+
+/// Messages for a stderr that nobody reads, of whatever kind, or that is closed, hold up neither clients nor
+/// the end, and take bounded memory.
+#[test]
+fn stalled_or_closed_stderr_holds_nobody_up() {
+    let (_, closed) = io::pipe().unwrap();
+    let closed: Output = ("a closed pipe", Box::new(io::empty()), closed.into());
+    at_once(outputs().into_iter().chain([closed]), |(kind, _reader, end)| {
+        let mut server = Server::on_loopback(calm_on_loopback("--max-line 16").stderr(end));
         let memory = [3500, 2000].map(|messages| {
             for i in 0..messages {
                 let mut client = server.connect();
@@ -757,7 +799,7 @@ fn stalled_stderr_holds_nobody_up() {
             server.memory_kb()
         });
         assert!(memory[1] <= memory[0] + 64, "{kind}: {memory:?} kB");
-        is_healthy(server.address.port());
+        assert_healthy(server.address.port());
         let signalled = Instant::now();
         server.stop();
         assert!(signalled.elapsed() < ms(2500), "{kind}: ended after {:?}", signalled.elapsed());
@@ -769,13 +811,17 @@ fn stalled_stderr_holds_nobody_up() {
 fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
     let (mut reader, writer) = io::pipe().unwrap();
     let mut servers = [(); 2].map(|()| {
-        let server = Server::found(calm_on_loopback("--keep-open").stdout(writer.try_clone().unwrap()));
+        let server = Server::on_loopback(calm_on_loopback("--keep-open").stdout(writer.try_clone().unwrap()));
         let mut floods = [(); 2].map(|()| Flood::new(server.connect(), true));
         Flood::pump_until_stalled(&mut floods, ms(300));
         (server, floods)
     });
+    drop(writer);
+    let echoed = |(_, floods): &(Server, [Flood; 2])| floods.iter().map(|flood| flood.echoed).sum::<usize>();
+    let before = servers.each_ref().map(echoed);
     for i in 0..2000 {
         // A page of room, for which both of them were waiting.
+        eventually(PATIENCE, "a page is written", || ioctl_fionread(&reader).unwrap() >= 4096);
         reader.read_exact(&mut [0; 4096]).unwrap();
         for (server, floods) in &mut servers {
             floods.iter_mut().for_each(|flood| while flood.pump(true) {});
@@ -785,10 +831,12 @@ fn servers_that_share_a_pipe_do_not_hold_each_other_up() {
             assert_eq!(probe.rest(), b"");
         }
     }
-    servers.iter().for_each(|(server, _)| is_healthy(server.address.port()));
+    let after = servers.each_ref().map(echoed);
+    assert!((0..2).all(|i| after[i] > before[i] + 5000), "lines echoed: {before:?}, then {after:?}");
+    servers.iter().for_each(|(server, _)| assert_healthy(server.address.port()));
 }
 
-/// A stdout that is a file and may not grow any more ends the server with a sentence, and not by a signal.
+/// A stdout file that may not grow any more ends the server with a message and code 1, not by a signal.
 #[test]
 fn stdout_at_its_size_limit_ends_it_with_a_message() {
     let scratch = Scratch::new();
@@ -804,19 +852,18 @@ fn stdout_at_its_size_limit_ends_it_with_a_message() {
 // ------------------------------------------------------------------------- stopping
 
 /// The process ends within six seconds of SIGTERM beside clients that send lines without a pause and take
-/// their echo, four of them or a thousand, and it prints the pending event.
+/// their echo, four of them or a thousand; beside four, the pending event is looked for and printed.
 #[test]
 fn sigterm_ends_a_flood_of_lines() {
-    at_once([(4, 2001), (4, 101), (1000, 1)], |(clients, length)| {
-        let mut server = if clients == 4 {
-            Server::found(calm_on_loopback("--keep-open --quiet"))
-        } else {
-            Server::found(calm_on_loopback("--keep-open --max-conns 1024").stdout(Stdio::null()))
-        };
+    for (clients, length) in [(4, 2001), (4, 101), (1000, 1)] {
+        let command = &mut calm_on_loopback("--keep-open --max-conns 1024");
+        let command = if clients == 4 { command.arg("--quiet") } else { command.stdout(Stdio::null()) };
+        let mut server = Server::on_loopback(command);
         let exit = beside_a_flood(server.address, clients, &line_of(length), || server.stop());
-        let event = (clients == 4).then(|| line_of(length).trim().into());
-        assert_eq!((exit.stdout, exit.stderr.len()), (Vec::from_iter(event), 0));
-    });
+        let event = (clients == 4).then(|| line_of(length).trim().to_owned());
+        assert_eq!(exit.stdout, Vec::from_iter(event), "{clients} clients with lines of {length} bytes");
+        assert_eq!(exit.stderr, [""; 0]);
+    }
 }
 
 /// The process ends within six seconds of SIGTERM beside a thousand clients that end their lines just before
@@ -825,12 +872,12 @@ fn sigterm_ends_a_flood_of_lines() {
 fn sigterm_ends_a_thousand_that_linger() {
     raise_descriptor_limit();
     let mut command = calm_on_loopback("--max-conns 1024 --max-line 65536");
-    let mut server = Server::found(command.stdout(Stdio::null()));
+    let mut server = Server::on_loopback(command.stdout(Stdio::null()));
     let before = server.descriptors();
     let mut clients: Vec<Client> = (0..1000).map(|_| server.connect_with_small_window()).collect();
     clients.iter_mut().for_each(|client| client.send("x".repeat(20_000)));
     eventually(PATIENCE, "all are connected", || server.descriptors() >= before + 1000);
-    let signalled = server.signalled();
+    let signalled = server.ask_to_stop();
     thread::sleep(ms(4200));
     for client in &mut clients {
         let _ = client.0.write_all(b"\nmore"); // the grace may be over
@@ -839,41 +886,42 @@ fn sigterm_ends_a_thousand_that_linger() {
 }
 
 /// The process ends within six seconds of SIGTERM beside clients that take no echo or never end their lines,
-/// though they have all connections or all descriptors, and others wait; part of a line is no event.
+/// though they have all connections or all descriptors, and others wait; a client in the middle of a line gets
+/// five seconds, and its part of a line is no event.
 #[test]
 fn sigterm_ends_it_whatever_its_clients_hold() {
     let echo = &*line_of(1_000_000);
     let cases = [
-        ("echoes", "--keep-open --max-line 1000000", None, 4, 0, echo),
-        ("connections", "--max-conns 2", None, 2, 98, "never"),
-        ("descriptors, none for a client", "", Some(0), 0, 1, ""),
-        ("descriptors, silently", "", Some(2), 2, 1, ""),
-        ("descriptors, in their lines", "", Some(2), 2, 1, "never"),
+        ("echoes", "--keep-open --max-line 1000000", None, 4, 0, echo, false),
+        ("connections", "--max-conns 2", None, 2, 98, "begun", true),
+        ("descriptors, none for a client", "", Some(0), 0, 1, "", false),
+        ("descriptors, silently", "", Some(2), 2, 1, "", false),
+        ("descriptors, in their lines", "", Some(2), 2, 1, "begun", true),
     ];
-    at_once(cases, |(what, options, descriptors, holders, others, begun)| {
+    at_once(cases, |(what, options, descriptors, holders, others, text, goes_on)| {
         let mut server = Server::calm(options);
         descriptors.inspect(|count| server.limit_descriptors(*count));
         let connect = |_| server.connect_with_small_window();
         let mut clients: Vec<Client> = (0..holders + others).map(connect).collect();
-        clients.iter_mut().for_each(|client| client.send(begun));
-        clients[..holders].iter().for_each(Client::is_taken);
+        clients.iter_mut().for_each(|client| client.send(text));
+        clients[..holders].iter().for_each(Client::wait_until_taken);
         if descriptors.is_some() {
             let is_warning = |line: &String| line.starts_with("smolrx: cannot accept: ");
             server.stderr.wait_until("its warning", |lines| lines.iter().any(is_warning).then_some(()));
         }
-        let signalled = server.signalled();
-        while begun == "never" && server.is_running() && signalled.elapsed() < PATIENCE {
+        let signalled = server.ask_to_stop();
+        while goes_on && server.is_running() && signalled.elapsed() < PATIENCE {
             let _ = clients[0].0.write(b"-");
             thread::sleep(ms(20));
         }
         let exit = server.stopped(signalled);
         let took = signalled.elapsed();
-        assert!(begun != "never" || took >= ms(4900), "{what}: ended {took:?} after the signal");
-        assert!(begun == echo || exit.stdout[1..] == ["Observing 0"], "{what}: {exit:?}");
+        assert!(!goes_on || took >= ms(4900), "{what}: ended {took:?} after the signal");
+        assert!(text == echo || exit.stdout[1..] == ["Observing 0"], "{what}: {exit:?}");
     });
 }
 
-/// A stop closes connections between two lines at once, silent ones very soon, and refuses new ones.
+/// A stop closes connections between two lines at once, silent ones after 250 ms, and refuses new ones.
 #[test]
 fn stop_closes_idle_connections() {
     for signal in [Signal::TERM, Signal::INT] {
@@ -883,7 +931,7 @@ fn stop_closes_idle_connections() {
         let signalled = Instant::now();
         server.signal(signal);
         assert_eq!((used.rest(), fresh.rest()), (vec![], vec![]));
-        server.refuses();
+        server.wait_until_refused();
         let exit = server.stopped(signalled);
         assert!(signalled.elapsed() < ms(2500), "after {:?}", signalled.elapsed());
         assert_eq!(exit.stdout.last().unwrap(), "Observing foo");
@@ -903,9 +951,9 @@ fn line_right_after_the_signal_is_echoed() {
             }
             let mut client = server.connect();
             if !in_the_backlog {
-                client.is_taken(); // accepted
+                client.wait_until_taken(); // accepted
             }
-            let signalled = server.signalled();
+            let signalled = server.ask_to_stop();
             server.wake();
             thread::sleep(ms(pause));
             let sent = client.0.write_all(b"foo\n");
@@ -923,23 +971,24 @@ fn line_right_after_the_signal_is_echoed() {
     }
 }
 
-/// A connection in the middle of a line may finish it for five seconds, though nobody new is let in.
+/// A client in the middle of a line has five seconds to finish it, though nobody new is let in.
 #[test]
 fn stop_lets_a_line_be_finished() {
     let cases = [("", "ish\n", 0), ("--keep-open", "ish\n", 0), ("", "ish", 0), ("", "ish\n", 4000)];
     at_once(cases, |(options, rest, pause)| {
         let mut server = Server::calm(options);
         let mut client = server.client_in("fin");
-        let signalled = server.signalled();
-        server.refuses();
-        thread::sleep(ms(pause));
+        let signalled = server.ask_to_stop();
+        server.wait_until_refused();
+        thread::sleep(ms(pause).saturating_sub(signalled.elapsed()));
         client.send(rest);
         if !rest.ends_with('\n') {
             client.finish();
         }
-        assert_eq!(client.rest(), format!("fin{rest}").as_bytes());
+        let what = format!("{options:?}, {rest:?} after {pause} ms");
+        assert_eq!(client.rest(), format!("fin{rest}").as_bytes(), "{what}");
         let exit = server.stopped(signalled);
-        assert!(signalled.elapsed() < ms(pause + 2500), "after {:?}", signalled.elapsed());
+        assert!(signalled.elapsed() < ms(pause + 2500), "{what}: ended after {:?}", signalled.elapsed());
         exit.tells_of("finish", client.port());
     });
 }
@@ -947,15 +996,15 @@ fn stop_lets_a_line_be_finished() {
 /// An echo that is under way when the signal comes arrives whole, though its client sends one byte more.
 #[test]
 fn stop_lets_an_echo_be_taken() {
-    for options in both_ways("--max-line 6000000") {
-        for length in [60_000, HUGE] {
+    for options in calm_keep_open_or_not("--max-line 6000000") {
+        for length in [60_000, 1_000_000] {
             let line = line_of(length);
             let mut server = Server::start(&options);
             let mut client = server.connect_with_small_window();
             client.send(&line);
             client.wait_for_bytes(1);
-            let signalled = server.signalled();
-            server.refuses();
+            let signalled = server.ask_to_stop();
+            server.wait_until_refused();
             client.send("+");
             assert!(client.until_closed() == line.as_bytes(), "{length} bytes: not whole with {options:?}");
             drop(client);
@@ -968,17 +1017,17 @@ fn stop_lets_an_echo_be_taken() {
 /// Clients in the backlog when the signal comes are served like those who are connected.
 #[test]
 fn stop_serves_the_backlog() {
-    for options in both_ways("") {
+    for options in calm_keep_open_or_not("") {
         let mut server = Server::start(&options);
         let mut early = server.client_in("ear");
         server.suspend();
         let mut clients = server.clients(200, "late\n");
         let mut silent = server.clients(10, "");
-        let signalled = server.signalled();
+        let signalled = server.ask_to_stop();
         server.wake();
         clients.iter_mut().for_each(|client| assert_eq!(client.rest(), b"late\n", "{options:?}"));
         silent.iter_mut().for_each(|client| assert_eq!(client.rest(), b"", "{options:?}"));
-        server.refuses();
+        server.wait_until_refused();
         early.send("ly\n");
         assert_eq!(early.rest(), b"early\n", "{options:?}");
         let exit = server.stopped(signalled);
@@ -1020,7 +1069,7 @@ fn full_server_is_healthy_and_one_that_hangs_or_has_ended_is_not() {
     }
 }
 
-/// Within two seconds; the rest is what a busy machine may take to start and end a process.
+/// Runs a probe that must answer no within two seconds; a third is what a busy machine may take.
 #[track_caller]
 fn unhealthy_in_time(probe: impl FnOnce() -> Exit) -> Exit {
     let (start, exit) = (Instant::now(), probe());
@@ -1029,38 +1078,44 @@ fn unhealthy_in_time(probe: impl FnOnce() -> Exit) -> Exit {
     exit
 }
 
-/// A server whose name another process has says so at its start, and is found by TCP once that is gone.
+/// A server, and the socket of another process that had its name first and does not answer.
+fn server_without_its_name() -> (Server, net::UnixDatagram) {
+    let port = Port::reserve();
+    let name = net::SocketAddr::from_abstract_name(format!("smolrx {}", port.number())).unwrap();
+    let other = net::UnixDatagram::bind_addr(&name).unwrap();
+    let server = Server::of(program(&calm(&format!("--tcp-port {}", port.number()))));
+    (server, other)
+}
+
+/// A server whose name another process has warns at its start, and is asked by TCP once that is gone.
 #[test]
 fn name_taken_by_another_process_is_a_warning() {
-    let port = Port::reserve();
-    let number = port.number();
-    let name = net::SocketAddr::from_abstract_name(format!("smolrx {number}")).unwrap();
-    let other = net::UnixDatagram::bind_addr(&name).unwrap();
-    let mut server = Server::of(program(&calm(&format!("--tcp-port {number}"))));
-    let warning = format!("smolrx: cannot answer --health for port {number}: address in use (error 98)");
-    server.stderr.wait_for(&warning);
+    let (mut server, other) = server_without_its_name();
+    let port = server.address.port();
     drop(other);
-    is_healthy(number);
+    assert_healthy(port);
     let exit = server.stop();
+    let warning = format!("smolrx: cannot answer --health for port {port}: address in use (error 98)");
     assert_eq!((&exit.stdout[1..], exit.stderr), (&["Observing 0".into()][..], vec![warning]));
 }
 
 /// A probe whose sandbox forbids Unix sockets, in whatever way, asks by TCP.
 #[test]
 fn probe_without_unix_sockets_asks_by_tcp() {
-    let server = Server::calm("");
-    let probe = program(&format!("--health --tcp-port {}", server.address.port()));
+    let (server, _mute) = server_without_its_name();
+    let probe = &mut program(&format!("--health --tcp-port {}", server.address.port()));
+    unhealthy_in_time(|| run(&mut *probe)); // by a Unix socket
     for (call, error) in
         [("socket", "EAFNOSUPPORT"), ("bind", "EINVAL"), ("connect", "EACCES"), ("sendto", "EPERM")]
     {
         let Some(mut strace) = strace(&format!("{call}:error={error}:when=1")) else { return };
         strace.arg("-f");
-        let exit = run(within(strace, &probe));
+        let exit = run(within(strace, probe));
         assert_eq!(exit.code, Some(0), "{call} fails with {error}: {exit:?}");
     }
 }
 
-/// A probe without options asks the first server of its network, wherever that listens, and one with a port
+/// A probe without options asks the first server in its network, wherever it listens; one with a port asks
 /// the server there: full, hanging, killed, or started while the one before it serves its last client.
 #[test]
 fn probe_asks_the_first_server_or_the_one_on_its_port() {
@@ -1079,7 +1134,7 @@ fn probe_asks_the_first_server_or_the_one_on_its_port() {
         let (other, _idle) = start_full(9002);
         assert_eq!(answers(), [Some(0); 3]);
         old.signal(Signal::TERM);
-        old.refuses();
+        old.wait_until_refused();
         assert_eq!(answers(), [Some(1), Some(1), Some(0)], "one is stopping");
         let (new, _idle) = start_full(9001);
         assert_eq!(answers(), [Some(0); 3]);

@@ -121,10 +121,15 @@ pub fn beside<T>(loads: Vec<impl FnMut() -> u64 + Send>, enough: u64, body: impl
     })
 }
 
-/// Checks all cases at once.
+/// Checks all cases at once. A panic's message starts with its thread's name, which says which case it is.
 pub fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, check: impl Fn(T) + Sync) {
-    let check = &check;
-    thread::scope(|scope| cases.into_iter().for_each(|case| _ = scope.spawn(move || check(case))));
+    let (test, check) = (thread::current().name().unwrap_or("a test").to_owned(), &check);
+    thread::scope(|scope| {
+        for (number, case) in (1..).zip(cases) {
+            let thread = thread::Builder::new().name(format!("{test}, case {number}"));
+            thread.spawn_scoped(scope, move || check(case)).unwrap();
+        }
+    });
 }
 
 // ---------------------------------------------------------------- the program
@@ -263,8 +268,8 @@ impl Exit {
     /// What it printed is a client's conversation, of one line, and the event at the end.
     #[track_caller]
     pub fn tells_of(&self, shown: &str, port: u16) {
-        assert_eq!(self.stdout[1..4], conversation(shown, port), "{self:?}");
-        assert_eq!(self.stdout[4..], [format!("Observing {shown}")]);
+        let told = [&conversation(shown, port)[..], &[format!("Observing {shown}")]].concat();
+        assert_eq!(self.stdout.get(1..).unwrap_or_default(), told, "{self:?}");
     }
 }
 
@@ -338,12 +343,12 @@ impl Process {
     /// Asks it to stop, which must be in time and end well.
     #[track_caller]
     pub fn stop(&mut self) -> Exit {
-        let signalled = self.signalled();
+        let signalled = self.ask_to_stop();
         self.stopped(signalled)
     }
 
     /// Asks it to stop, and answers when.
-    pub fn signalled(&self) -> Instant {
+    pub fn ask_to_stop(&self) -> Instant {
         let now = Instant::now();
         self.signal(Signal::TERM);
         now
@@ -414,7 +419,7 @@ impl Process {
     /// Waits until it does nothing any more, and answers with its `activity` so far.
     pub fn comes_to_rest(&self) -> (Duration, u64) {
         let mut before = self.activity();
-        eventually(ms(3000), "it comes to rest", || {
+        eventually(PATIENCE, "it comes to rest", || {
             thread::sleep(ms(200));
             let earlier = std::mem::replace(&mut before, self.activity());
             earlier == before
@@ -513,7 +518,7 @@ impl Server {
     }
 
     /// Starts a server on the loopback interface that need not say where it serves.
-    pub fn found(command: impl BorrowMut<Command>) -> Self {
+    pub fn on_loopback(command: impl BorrowMut<Command>) -> Self {
         let process = Process::spawn(command);
         let address = (Ipv4Addr::LOCALHOST, process.listening_port()).into();
         Self { process, address, _port: None }
@@ -545,7 +550,7 @@ impl Server {
     pub fn client_in(&self, text: &str) -> Client {
         let mut client = self.connect();
         client.send(text);
-        client.is_taken();
+        client.wait_until_taken();
         client
     }
 
@@ -569,13 +574,13 @@ impl Server {
     /// Asks it to stop and, once it does, a second time, which is to end it at once.
     pub fn signal_twice(&self, first: Signal, second: Signal) {
         self.signal(first);
-        self.refuses();
+        self.wait_until_refused();
         thread::sleep(ms(150)); // sooner, it would be the same signal
         self.signal(second);
     }
 
     /// Nobody is let in any more, and at once.
-    pub fn refuses(&self) {
+    pub fn wait_until_refused(&self) {
         eventually(ms(1500), "a new connection is refused", || {
             // One that comes in between two steps of the end gets no answer for a second.
             let attempt = TcpStream::connect_timeout(&self.loopback(), ms(100));
@@ -591,7 +596,7 @@ pub fn health(options: &str, port: u16) -> Exit {
 
 /// Says that this server is healthy.
 #[track_caller]
-pub fn is_healthy(port: u16) {
+pub fn assert_healthy(port: u16) {
     let exit = health("", port);
     assert_eq!(exit.code, Some(0), "the health of port {port}: {exit:?}");
 }
@@ -814,7 +819,7 @@ impl Client {
     }
 
     /// Waits until the server has accepted this client and read all that it has sent.
-    pub fn is_taken(&self) {
+    pub fn wait_until_taken(&self) {
         eventually(PATIENCE, "the server reads what was sent", || self.is_read());
     }
 
