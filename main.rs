@@ -258,7 +258,7 @@ pub mod rx {
     }
 
     /// A hot subject with one observer. An Rx subject calls its observer at once; here a task polls later and
-    /// finds only the latest item. Debounce would drop the others of the same turn anyway.
+    /// finds only the latest item: enough for a debounce that keeps the later of two lines.
     #[derive(Default)]
     pub struct Subject<T> {
         latest: Cell<Option<T>>,
@@ -347,7 +347,7 @@ pub mod rx {
             stream::poll_fn(move |cx| {
                 loop {
                     let now = scheduler.now();
-                    // Overdue (the process was stopped, say): its silence ended before whatever comes now.
+                    // It is overdue (the process was stopped, say): its burst was over before what comes now.
                     // At a tie the source goes first.
                     if let Some((item, ..)) = pending.take_if(|(_, due, _)| *due < now) {
                         return Poll::Ready(Some(item));
@@ -367,7 +367,7 @@ pub mod rx {
                     }
                 }
                 while let Some((_, due, _)) = pending {
-                    // The timer may still be an earlier item's: a flood sets one a window, not one an item.
+                    // The timer may still be an earlier item's: a flood sets one per window, not per item.
                     ready!(Pin::new(timer.get_or_insert_with(|| scheduler.at(due))).poll(cx));
                     timer = None;
                     if due <= scheduler.now() {
@@ -563,15 +563,15 @@ impl Server {
     /// Takes note of each child that has ended: the command, and as process 1 whatever others have left
     /// behind.
     fn reap(&self) {
-        let run = self.command.as_ref();
+        let command = self.command.as_ref();
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
-            if let Some(command) = run
+            if let Some(command) = command
                 && command.pid.get() == Some(pid)
             {
                 command.note_end(Some(status));
             }
         }
-        if let Some(command) = run
+        if let Some(command) = command
             && let Some(pid) = command.pid.get()
         {
             match waitpid(Some(pid), WaitOptions::NOHANG) {
@@ -605,8 +605,8 @@ const SAME_SIGNAL: Duration = Duration::from_millis(100);
 /// slow client's progress shows only every few seconds.
 const SEND_BUFFER: usize = 128 * 1024;
 
-/// What all tasks share. They run on one thread, so cells suffice; only `Output` is shared with other
-/// threads, and locks.
+/// What all tasks share. They run on one thread, so cells suffice; only `Output`, which has a lock, is
+/// shared with other threads.
 #[derive(Default)]
 pub struct Server {
     options: Options,
@@ -698,7 +698,7 @@ impl Server {
                     if let Some(Ok(peer)) = peer.map(SocketAddr::try_from) {
                         self.handle_client(socket.into(), peer);
                     }
-                    // Nobody leaves before this task yields, so `connected` counts those accepted.
+                    // Nobody leaves before this task yields: `connected` grows one by one.
                     if self.connected.get().is_multiple_of(ACCEPTED_PER_TURN) {
                         future::yield_now().await;
                     }
@@ -768,7 +768,9 @@ impl Server {
     fn warn_of_endless_burst(&self) {
         let Options { interval, debounce, max_wait, .. } = self.options;
         if interval.is_some_and(|interval| debounce >= interval) && max_wait.is_none() {
-            self.print_error(&["--debounce is not below --interval: without --max-wait, no burst ever ends"]);
+            self.print_error(&[
+                "--debounce is not below --interval: without --max-wait, a burst may never end",
+            ]);
         }
     }
 }
@@ -885,6 +887,7 @@ impl Connection<'_> {
                 Line::Whole(_) if !server.stdout.is_ready() => {
                     self.echo().await?;
                     server.stdout.ready().await;
+                    self.is_readable = true; // maybe: time has passed
                 }
                 // Lines are no longer taken: what is not echoed has not been received.
                 Line::Whole(_) if server.lines.is_completed() => return Err(Failure::TimeIsOver),
@@ -1001,7 +1004,8 @@ impl Connection<'_> {
         }
     }
 
-    /// Waits until the client moves (true) or its time is over (false); `start` is when it is first polled.
+    /// Waits until the client moves (true) or its time is over (false). `start` is when it first waits: most
+    /// attempts never do, and ask for no time.
     /// (As `future::or` of two async blocks, this would cost an idle connection 550 bytes more.)
     fn poll_client(&mut self, cx: &mut Context<'_>, start: &mut Option<Instant>) -> Poll<bool> {
         let now = Instant::now();
@@ -1051,7 +1055,7 @@ impl Connection<'_> {
         let (bytes, rest) = rustix::io::read(self.socket, &mut chunk)?;
         self.is_readable = rest.is_empty();
         // The buffer grows in blocks of 256, 4096, 65536 bytes and so on, but never beyond a line and a
-        // chunk: a few sizes, which the allocator has as well, leave few holes in memory.
+        // chunk: few sizes, which fit the allocator's classes, leave few holes in memory.
         let mut block = 256;
         while block - BLOCK_HEADER < self.buffer.len() + bytes.len() {
             block *= 16;
@@ -1199,8 +1203,8 @@ mod output {
             }
         }
 
-        /// Starts the thread that writes to a stream. That of stdout ends the process, and is given stderr,
-        /// which has the last word.
+        /// Starts the thread that writes to a stream. The one of stdout is given stderr as `errors`: what is
+        /// queued there is written, too, before the process ends.
         pub fn start(&'static self, stream: BorrowedFd<'static>, errors: Option<&'static Output>) {
             thread::spawn(move || {
                 let mut text = String::new();
@@ -1208,6 +1212,7 @@ mod output {
                     self.wait_for(1, CENTURY);
                     text = self.take(text);
                     if text.is_empty() {
+                        // The output was closed.
                         let status = self.lock().status;
                         end(status.unwrap_or(0), errors)
                     }
@@ -1358,7 +1363,7 @@ pub mod text {
     }
 
     /// An address with its port. A mapped IPv4 address is shown as IPv4; in IPv6 the first of the longest
-    /// runs of two or more zero groups becomes `::` (RFC 5952). std's formatting also pads: 2 kB.
+    /// runs of two or more zero groups becomes `::` (RFC 5952). (std's formatting can pad as well: 2 kB.)
     pub fn address_text(address: SocketAddr) -> String {
         let mut text = String::with_capacity(24); // most of them fit
         match address.ip().to_canonical() {
@@ -1698,7 +1703,8 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
         value.ok_or_else(|| ["option '", &self.name, "' needs a value"].concat())
     }
 
-    /// The value as a number from `min` to `max`, or 0 if `or_zero`. (`parse` would take a `+`.)
+    /// The value as a number from `min` to `max`, or 0 if `or_zero`. (`parse` would take a `+`.) In a
+    /// message, these limits follow the description.
     fn number(&mut self, description: &str, or_zero: bool, min: u32, max: u32) -> Result<u32, String> {
         let typed = self.value()?;
         let digit = |number: u32, byte| number.checked_mul(10)?.checked_add(char::from(byte).to_digit(10)?);
@@ -1736,8 +1742,8 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
 // ---------------------------------------------------------------- the health check
 // `--health` asks a running server through a Unix socket, or else through TCP.
 
-/// The address of an abstract Unix socket. A server has two of them: its port and, if it is the first one in
-/// its network namespace, the empty name.
+/// The address of an abstract Unix socket. A server has two, by two names: its port's number and, if it is
+/// the first one in its network namespace, the empty name.
 fn health_address(name: &str) -> Result<SocketAddrUnix, Errno> {
     SocketAddrUnix::new_abstract_name(["smolrx ", name].concat().as_bytes())
 }
@@ -1779,9 +1785,9 @@ impl Server {
     }
 }
 
-/// Asks a server through its Unix socket. If that fails, it connects by TCP, sends nothing and
-/// expects the server to close: this proves that it accepts and serves, and is no event. It takes two seconds
-/// at most.
+/// Asks a server through its Unix socket: one that does not answer there is not healthy. If none has the
+/// name, it connects by TCP, sends nothing and expects the server to close: this proves that it accepts and
+/// serves, and is no event. It takes two seconds at most.
 fn probe(address: SocketAddr, name: &str) -> Result<(), String> {
     let (who, answer) = match ask(name) {
         Err(error) if error != Errno::AGAIN => (address_text(address), connect_and_read(address)),

@@ -273,7 +273,7 @@ fn debounce_that_starves_is_warned_of() {
         --interval 10 --debounce 4294967295|--debounce 60000|--debounce 60000 -q";
     let silent = "--interval 1000 --debounce 999|--interval 1000 --debounce 1000 --max-wait 5000|\
         --interval 0 --debounce 4294967295|--interval 0|--interval 10|--debounce 59999|--interval 1000|-q";
-    let warning = "smolrx: --debounce is not below --interval: without --max-wait, no burst ever ends";
+    let warning = "smolrx: --debounce is not below --interval: without --max-wait, a burst may never end";
     for (options, warnings) in [(warned, &[warning][..]), (silent, &[])] {
         for options in options.split('|') {
             let started = Instant::now();
