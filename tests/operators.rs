@@ -360,7 +360,7 @@ fn timer_ticks_after_the_delay_and_then_each_period() {
     }
 }
 
-/// A timer that is late counts on one by one, and once it has missed a tick starts the period anew, as in RxPY.
+/// A late timer counts on one by one, and once it has missed a tick starts the period anew, as in RxPY.
 #[test]
 fn timer_does_not_make_up_for_missed_ticks() {
     let time = VirtualTime::new();

@@ -46,8 +46,8 @@ fn beside_a_flood<T>(address: SocketAddr, clients: usize, line: &str, body: impl
     beside([0, 1].map(load).into(), 100 << 10, body)
 }
 
-/// A client's line, the first bytes of which are sent ahead, is echoed within this time, in one of three tries:
-/// a busy machine may take the time once or twice.
+/// A client's line, the first bytes of which are sent ahead, is echoed within this time, in one of three
+/// tries: a busy machine may take the time once or twice.
 #[track_caller]
 fn assert_echoed_within(limit: Duration, address: SocketAddr, length: usize, first: usize) {
     let (mut times, line) = (vec![], line_of(length));
@@ -337,8 +337,8 @@ fn byte_after_a_long_line(mut clients: Vec<Client>, length: usize, begun: usize,
     assert_eq!(whole, clients.len(), "echoes of {length} bytes, the byte sent after {pause} ms");
 }
 
-/// A client that never closes is let go five seconds after its long echo, and gets all of it, whether it takes
-/// it at once, late amid a flood of its own, or only once the server has let go.
+/// A client that never closes is let go five seconds after its long echo, and gets all of it, whether it
+/// takes it at once, late amid a flood of its own, or only once the server has let go.
 #[test]
 fn client_that_never_closes_is_let_go() {
     let server = Server::calm("--max-line 65536");
@@ -886,8 +886,8 @@ fn sigterm_ends_a_thousand_that_linger() {
 }
 
 /// The process ends within six seconds of SIGTERM beside clients that take no echo or never end their lines,
-/// though they have all connections or all descriptors, and others wait; a client in the middle of a line gets
-/// five seconds, and its part of a line is no event.
+/// though they have all connections or all descriptors, and others wait; a client in the middle of a line
+/// gets five seconds, and its part of a line is no event.
 #[test]
 fn sigterm_ends_it_whatever_its_clients_hold() {
     let echo = &*line_of(1_000_000);
