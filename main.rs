@@ -193,7 +193,7 @@ impl Server {
         self.log(&["Observing ", &text]);
         match &self.command {
             Some(command) => {
-                // The command's output follows that line, unless stdout is stalled.
+                // The command's output follows that line, unless stdout is stalled or slow.
                 for _ in 0..100 {
                     if self.stdout.is_written() {
                         break;
@@ -896,7 +896,9 @@ impl Connection<'_> {
                     let who = address_text(*self.peer);
                     server.print_error(&[&who, " sent HTTP; send a line, for example by nc"]);
                     self.echo().await?;
-                    self.buffer = [HTTP_ANSWER, &self.buffer].concat();
+                    self.buffer.clear();
+                    self.buffer.extend_from_slice(HTTP_ANSWER);
+                    self.buffer.push(b'\n'); // for the rest of the request: the close has to linger
                     self.to_echo = HTTP_ANSWER.len();
                     self.bytes_queued += self.to_echo;
                     break;
@@ -1220,8 +1222,8 @@ mod output {
                     if let Err(error) = write_all(stream, text.as_bytes())
                         && let Some(errors) = errors
                     {
-                        // The reader is gone. (The error is EPIPE, or EIO from a terminal.)
-                        if hangs_up(stream, Some(&Timespec::default())) {
+                        // The reader is gone. (A terminal's error would be EIO.)
+                        if error == Errno::PIPE || hangs_up(stream, Some(&Timespec::default())) {
                             exit(BROKEN_PIPE)
                         }
                         errors.push_line(&["smolrx: ", &cannot(&["write to stdout"], error)]);

@@ -557,6 +557,18 @@ fn memory_is_bounded_when_every_second_client_leaves() {
     });
 }
 
+/// Answers to HTTP requests whose first line is long, and behind which more comes, take bounded memory.
+#[test]
+fn http_answers_take_bounded_memory() {
+    let server = Server::calm("");
+    let request = format!("GET{}/ HTTP/1.1", " ".repeat(2034));
+    in_bounded_memory(&server, || {
+        let mut clients: Vec<Client> = (0..512).map(|_| server.client_in(&request)).collect();
+        clients.iter_mut().for_each(|client| client.send(["\n", &"x".repeat(2031)].concat()));
+        clients.iter_mut().for_each(|client| client.expect(BAD_REQUEST));
+    });
+}
+
 /// Connections that each hold the longest unfinished line take bounded memory and no processor time, and
 /// whole lines beside them are served at once.
 #[test]
