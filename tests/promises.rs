@@ -563,7 +563,11 @@ fn http_answers_take_bounded_memory() {
     let server = Server::calm("");
     let request = format!("GET{}/ HTTP/1.1", " ".repeat(2034));
     in_bounded_memory(&server, || {
-        let mut clients: Vec<Client> = (0..512).map(|_| server.client_in(&request)).collect();
+        let mut clients = vec![];
+        for _ in 0..512 {
+            clients.extend(server.clients(1, &request));
+            thread::sleep(ms(2)); // the server's memory is taken client by client
+        }
         clients.iter_mut().for_each(|client| client.send(["\n", &"x".repeat(2031)].concat()));
         clients.iter_mut().for_each(|client| client.expect(BAD_REQUEST));
     });
@@ -578,7 +582,7 @@ fn longest_unfinished_lines_take_bounded_memory_and_nobodys_time() {
         let holders = in_bounded_memory(&server, || {
             let mut holders = server.clients(511, &[line_before, &"h".repeat(2047)].concat());
             holders.iter_mut().for_each(|holder| holder.expect(line_before));
-            holders.iter().for_each(Client::wait_until_taken);
+            server.comes_to_rest(); // all is taken
             for (length, parts) in [6, 300, 1000, 2000, 2048].into_iter().flat_map(|n| [(n, 1), (n, 2)]) {
                 assert_echoed_within(ms(1000), server.loopback(), length, length / parts);
             }
