@@ -318,6 +318,7 @@ const CASES: &[(bool, usize, &[&[u8]])] = &[
     (false, 2048, &[]),
     (true, 2048, &[]),
     (false, 2048, &[b"one\nGET / HTTP/1.1\r\n\r\n"]),
+    (false, 2048, &[b" GET / HTTP/1.1"]),
     (true, 2048, &[b"one\ntwo\n", b"POST / HTTP/1.1\r\n\r\nthree\n"]),
     (false, 2048, &[b"foo\n", b"bar\n", b"baz"]),
     (false, 2048, &[b"foo\nx", &[b'x'; 5000]]),
