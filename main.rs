@@ -314,8 +314,8 @@ pub mod rx {
         })
     }
 
-    /// The operators of Rx that futures-lite lacks. One that can be turned off takes an `Option`, as
-    /// `max_wait` is. A new one may be one line:
+    /// The operators of Rx that futures-lite lacks. What can be turned off is an `Option`, like
+    /// `max_wait`. A new one may be one line:
     ///
     /// ```text
     /// fn start_with(self, item: Self::Item) -> impl Stream<Item = Self::Item> {
@@ -790,8 +790,8 @@ fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
     }
     net::bind(&socket, &address)?;
     net::listen(&socket, BACKLOG)?;
-    // async-net wraps the socket, and no more: its `bind` takes neither backlog nor options, and its `accept`
-    // registers each client (two system calls more).
+    // async-net, one of the crates that this program is meant to show, only wraps the socket here: its `bind`
+    // takes neither backlog nor options, and its `accept` registers each client (two system calls more).
     Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
 
@@ -1452,7 +1452,7 @@ pub mod text {
 /// A condition variable for tasks: it keeps those that wait for a change, and whoever makes the change wakes
 /// all.
 #[derive(Default)]
-pub struct Waiters(RefCell<Vec<Waker>>);
+struct Waiters(RefCell<Vec<Waker>>);
 
 impl Waiters {
     /// Ready if the condition `holds`; else the task is woken at the next change, and asks again.
@@ -1644,7 +1644,7 @@ impl Invocation {
                 }
                 "--max-line" => {
                     options.max_line =
-                        args.number("a whole number of bytes from ", false, 1, u32::MAX - 1)? as usize
+                        args.number("a whole number of bytes from ", false, 1, u32::MAX)? as usize
                 }
                 "--keep-open" => options.keep_open = true,
                 "-q" | "--quiet" => options.quiet = true,
@@ -1732,7 +1732,7 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
     fn misfit(&self) -> String {
         let typed = excerpt(self.name.as_bytes());
         let (what, hint) = match &*self.name {
-            "--port" | "-p" => ("unknown option '", "'; did you mean --tcp-port?"),
+            "--port" | "-p" => ("unknown option '", "'; the port is set by --tcp-port"),
             name if !name.starts_with('-') => ("unexpected argument '", "'; a command follows '--'"),
             name if name.starts_with("--") || name.len() <= 2 => ("unknown option '", "'"),
             _ => ("unknown option '", "'; give short options one by one"),
