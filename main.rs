@@ -838,7 +838,7 @@ struct Connection<'a> {
     /// The registration with the reactor, made once there is something to wait for: often there is not.
     io: Option<Async<BorrowedFd<'a>>>,
     /// What is to be sent (whole lines, or the HTTP answer), then the other bytes received: at most a line
-    /// and a chunk, and the answer.
+    /// and a chunk.
     buffer: Vec<u8>,
     /// How many bytes at the start of `buffer` are to be echoed, and how many of these have been.
     to_echo: usize,
@@ -1007,7 +1007,7 @@ impl Connection<'_> {
     }
 
     /// Waits until the client moves (true) or its time is over (false). `start` is when it first waits: most
-    /// attempts never do, and ask for no time.
+    /// attempts never do, and read no clock.
     /// (As `future::or` of two async blocks, this would cost an idle connection 550 bytes more.)
     fn poll_client(&mut self, cx: &mut Context<'_>, start: &mut Option<Instant>) -> Poll<bool> {
         let now = Instant::now();
@@ -1564,8 +1564,8 @@ event, and finds it in the environment variable SMOLRX_EVENT.
   --keep-open       serve every line until the client closes
   --max-conns N     connections served at once; more wait in the backlog [512]
   --max-line BYTES  longest line, its ending included [2048]
-  --timeout MS      a connection that neither sends nor takes a byte for that
-                    long is closed [60000]
+  --timeout MS      a connection that sends no byte, or takes none of its echo,
+                    for that long is closed [60000]
   -q, --quiet       print events alone, one a line; with a COMMAND, nothing
   --health          ask the server on --tcp-port whether it is healthy, or
                     without that the first one here; exit 0 or 1
