@@ -261,17 +261,6 @@ fn then_latest_runs_one_at_a_time_and_then_the_latest() {
     );
 }
 
-/// While a future runs, the source is not held up: its items are taken when they come.
-#[test]
-fn then_latest_takes_items_while_a_future_runs() {
-    let time = VirtualTime::default();
-    let source = drawn("a--b-c");
-    let taken = RefCell::new(Vec::new());
-    let watched = time.hot(&source).inspect(|&item| taken.borrow_mut().push((time.elapsed(), item)));
-    time.observe(runs(&time, watched, later, |_| 1_000));
-    assert_eq!(*taken.borrow(), source.0);
-}
-
 // ---------------------------------------------------------------- timer and subject
 
 /// `timer(delay, period)` counts from 0: first after the delay, and then each period. Late, it counts on one by
