@@ -111,6 +111,7 @@ fn last_value_counts_in_either_form() {
             assert_eq!(silent.until_closed(), b"");
             let from = format!("smolrx: line from 127.0.0.1:{}", over.port());
             let message = format!("{from} is longer than 9 bytes; --max-line allows more");
+            server.stderr.wait_for(&message);
             assert_eq!(server.stop().stderr, [message], "{options}");
         }
     }
