@@ -3,6 +3,7 @@
 mod common;
 
 use common::*;
+use rustix::net::sockopt;
 use std::process::Command;
 use std::thread;
 use std::time::Instant;
@@ -136,7 +137,7 @@ fn http_request_is_no_event() {
         CONNECT example.com:443 HTTP/1.1|PROPFIND /x HTTP/1.1|X /%20?a=b#c HTTP/1.1|GET http://localhost:8888/ HTTP/1.1";
     // What follows, and where the line is cut.
     let requests = [("", 0), ("", 2), ("\n\n", 0), ("\r\n", 12), ("\r\nHost: x\r\n\r\n", 0)];
-    let body = String::from("\r\n\r\n") + &"of a body\n".repeat(1_000_000); // more than all buffers hold
+    let body = String::from("\r\n\r\n") + &"of a body\n".repeat(100_000);
     for options in KINDS {
         let mut server = Server::calm(options);
         let before = server.descriptors();
@@ -146,6 +147,8 @@ fn http_request_is_no_event() {
             for finishes in [rest.is_empty(), true] {
                 let (start, end) = line.split_at(cut);
                 let mut client = if cut > 0 { server.client_in(start) } else { server.connect() };
+                // With so little room, all of a large body goes only if the server takes it.
+                sockopt::set_socket_send_buffer_size(&client.0, 64 << 10).unwrap();
                 client.send([end, rest].concat());
                 if finishes {
                     client.finish();
@@ -189,25 +192,24 @@ fn curl_says_something() {
     if let Some(reason) = refusal(Command::new("curl").arg("--version")) {
         return skip(format!("no curl: {reason}"));
     }
-    let curl = |input: &str, arguments: &str, url: String| {
-        let command = format!("{input} | curl -s --noproxy '*' --max-time 20 {arguments} {url}; echo $?");
+    let curl = |input: &str, arguments: String| {
+        let command = format!("{input} | curl -s --noproxy '*' --max-time 20 {arguments}; echo $?");
         String::from_utf8(Command::new("sh").args(["-c", &command]).output().unwrap().stdout).unwrap()
     };
-    let requests = ["", "--http1.0", "-d foo", "-H Expect: --data-binary @-"];
+    let requests = ["", "--http1.0", "-d foo", "-H Expect: --data-binary @-", "--fail-with-body"];
     for options in KINDS {
         let mut server = Server::calm(options);
         let address = server.loopback();
         for request in requests {
-            for (fails, status) in [("", 0), ("--fail-with-body", 22)] {
-                let request = format!("{request} {fails} -w '%{{http_code}} '");
-                let said = curl("head -c 2100000 /dev/zero", &request, format!("http://{address}/"));
-                assert_eq!(said, format!("send a line, for example by nc\n400 {status}\n"), "{request}");
-            }
+            let status = if request == "--fail-with-body" { 22 } else { 0 };
+            let arguments = format!("{request} -w '%{{http_code}} ' http://{address}/");
+            let said = curl("head -c 2100000 /dev/zero", arguments);
+            assert_eq!(said, format!("send a line, for example by nc\n400 {status}\n"), "{request}");
         }
-        let said = curl("echo foo", "--max-time 2", format!("telnet://{address}"));
+        let said = curl("echo foo", format!("--max-time 2 telnet://{address}"));
         assert!(said.starts_with("foo\n"), "{said}");
         let exit = server.stop();
-        assert_eq!(exit.stderr.len(), 2 * requests.len(), "{exit:?}");
+        assert_eq!(exit.stderr.len(), requests.len(), "{exit:?}");
         assert_eq!(observed(&exit.stdout), ["foo"], "{options:?}");
     }
 }

@@ -200,10 +200,7 @@ fn wrong_options_are_named_as_typed() {
         (b"--health=8888", "option '--health' takes no value"),
         (b"--=./sync.sh ./sync.sh", "option '--' takes no value"),
         (b"--|-q --|--health --", "no command follows '--'"),
-        (
-            b"--timeout 2s --timeout 2000",
-            "option '--timeout' takes a whole number of milliseconds from 1 to 4294967295, not '2s'",
-        ),
+        (b"--tcp-port x --tcp-port 0", "option '--tcp-port' takes a whole number from 0 to 65535, not 'x'"),
         (b"--bind \xff", "option '--bind' takes an IPv4 or IPv6 address, not '\u{fffd}'"),
         (b"--tcp-port 0\xff", "option '--tcp-port' takes a whole number from 0 to 65535, not '0\u{fffd}'"),
         (b"-q -\xff\x1b", "unknown option '-\u{fffd}\\u{1b}'; give short options one by one"),
@@ -240,8 +237,7 @@ fn message_is_one_short_line_whatever_is_typed() {
         }
     }
     let message = refusal_of(&[hostile]);
-    let start = r"unexpected argument 'foo\u{a}smolrx: all is well\r\u{1b}[2J\u{1b}";
-    assert!(message.starts_with(start), "{message}");
+    assert!(message.starts_with(r"unexpected argument 'foo\u{a}smolrx: all is well\r\u{1b}[2J"), "{message}");
     let message = refusal_of(&[OsStr::from_bytes(&long[0])]);
     assert!(message.starts_with("unexpected argument 'xxxxxxxxxxxxxxxxxxxx"), "{message}");
 }
