@@ -128,9 +128,9 @@ fn no_clock_no_event() {
 /// The options of servers of all kinds, for whom HTTP is the same.
 const KINDS: [&str; 3] = ["", "--keep-open", "--max-line 100"];
 
-/// An HTTP request is no event, also in pieces or if it ends with the connection instead of a newline: nothing
-/// is printed or echoed, a message on stderr says who sent it and what to send, and the client gets a `400`,
-/// which arrives whole even beside a large body that it sends first.
+/// An HTTP request is no event, also in pieces or if it ends with the connection instead of a newline:
+/// nothing is printed or echoed, and a message on stderr says who sent it and what to send. The client gets a
+/// `400`, and a large body that it sends before it reads that is taken.
 #[test]
 fn http_request_is_no_event() {
     let lines = "GET / HTTP/1.1|GET / HTTP/1.0|HEAD / HTTP/1.1|OPTIONS * HTTP/1.1|\

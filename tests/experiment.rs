@@ -7,9 +7,9 @@ use common::*;
 use rustix::process::Signal;
 use std::time::Instant;
 
-/// A line comes back as it was sent, accents and line ending included, and the connection is closed; it is shown
-/// and observed without the blanks at its ends, and a connection leaves three lines, in this order. The last
-/// line of a client that has ended its sending side needs no newline.
+/// A line comes back as it was sent, accents and line ending included, and the connection is closed; the line
+/// is shown and observed without the blanks at its ends, and a connection leaves three lines, in this order.
+/// The last line of a client that has ended its sending side needs no newline.
 #[test]
 fn line_comes_back_as_sent_and_is_shown_stripped() {
     for (line, shown) in
@@ -27,7 +27,7 @@ fn line_comes_back_as_sent_and_is_shown_stripped() {
     }
 }
 
-/// Of lines in quick succession the last alone is observed, once nothing has come for a tenth of the interval.
+/// Of lines in quick succession only the last is observed, when a tenth of the interval has been silent.
 #[test]
 fn burst_is_debounced_to_its_last() {
     let server = Server::start("--interval 15000");

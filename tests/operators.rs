@@ -203,8 +203,8 @@ fn debounce_ends_a_burst_by_silence_or_the_longest_wait() {
     );
 }
 
-/// An item whose silence or longest wait is over comes out although the source has another one, be it that the
-/// process was stopped or that the source always has one.
+/// An item whose silence or longest wait is over comes out before the next one is taken: if the process was
+/// stopped meanwhile, and if the source always has another item.
 #[test]
 fn debounce_does_not_hide_an_item_that_is_due_behind_the_next() {
     for (pause, max_wait, bursts) in [(100, None, [100, 200]), (1, Some(50 * MS), [51, 102])] {
@@ -263,8 +263,8 @@ fn then_latest_runs_one_at_a_time_and_then_the_latest() {
 
 // ---------------------------------------------------------------- timer and subject
 
-/// `timer(delay, period)` counts from 0: first after the delay, and then each period. Late, it counts on one by
-/// one; once it has missed a tick, the period starts anew, as in RxPY.
+/// `timer(delay, period)` counts from 0: first after the delay, and then each period. A late timer counts on
+/// one by one, and once it has missed a tick starts the period anew, as in RxPY.
 #[test]
 fn timer_does_not_make_up_for_missed_ticks() {
     let time = VirtualTime::default();

@@ -62,8 +62,8 @@ fn help_lists_every_option_in_order() {
     }
 }
 
-/// The first `--help` or `--version`, or its short form, wins over whatever follows it, and over nothing else:
-/// a mistake before it is refused, as the value of an option it is none, and behind `--` it is the command's.
+/// The first `--help` or `--version`, short or long, wins over whatever follows it, and over nothing else: a
+/// mistake before it is refused, as the value of an option it is none, and behind `--` it is the command's.
 #[test]
 fn help_and_version_win_over_what_follows() {
     let help = run(program("--help")).stdout;
