@@ -130,13 +130,12 @@ fn sigterm_at_random_moments() {
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap();
     let seed = setting("SMOLRX_SEED", u64::from(now.subsec_nanos()));
     for round in 0..setting("SMOLRX_SIGTERMS", 20) {
-        let (keep_open, what) = (round % 2 == 0, format!("SMOLRX_SEED={seed}, round {round}"));
+        let (option, lines) = if round % 2 == 0 { ("--keep-open", usize::MAX) } else { ("", 1) };
         let interval = if round % 4 < 2 { 10 } else { 600_000 };
-        let option = if keep_open { "--keep-open" } else { "" };
         let mut server = Server::start(&format!("--interval {interval} {option}"));
         let random = seed.wrapping_add(round).wrapping_mul(6364136223846793005) >> 33;
-        let (address, lines, talk) =
-            (server.loopback(), if keep_open { usize::MAX } else { 1 }, Talk::default());
+        let what = format!("SMOLRX_SEED={seed}, round {round}");
+        let (address, talk) = (server.loopback(), Talk::default());
         let exit = thread::scope(|scope| {
             for client in 0..8 {
                 let (talk, name) = (&talk, move |i| format!("client {client} connection {i}"));
@@ -196,14 +195,9 @@ fn soak_leaves_nothing_behind() {
         let before = std::mem::replace(&mut memory, server.memory_kb());
         memory <= before
     });
-    eventually(PATIENCE, "no descriptor is left", || server.descriptors() == rest);
-    let threads = server.threads();
-
     let conversations = abuse(&server, Duration::from_secs(setting("SMOLRX_SOAK", 5)));
     eventually(PATIENCE, "no descriptor is left", || server.descriptors() == rest);
-    eventually(PATIENCE, "no thread is left", || server.threads() <= threads);
     let after = server.memory_kb();
-    println!("{conversations} connections, {memory} kB before, {after} kB after");
     assert!(after <= memory + 64, "{memory} kB before, {after} kB after {conversations} connections");
     server.echo("last\n");
     let exit = server.stop();
