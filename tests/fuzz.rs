@@ -165,42 +165,39 @@ async fn talk(input: &Input) -> Outcome {
         panic!("smolrx {options} does not serve");
     };
     let server: &'static Server = Box::leak(Box::new(Server::new(options)));
-    let (mut client, socket) = UnixStream::pair().unwrap();
+    let (client, socket) = UnixStream::pair().unwrap();
     client.set_nonblocking(true).unwrap();
     socket.set_nonblocking(true).unwrap();
     set_socket_send_buffer_size(&socket, 4096).unwrap(); // a long echo goes in parts
     server.handle_client(TcpStream::from(OwnedFd::from(socket)), (Ipv4Addr::LOCALHOST, 1).into());
 
     let (mut outcome, mut echo) = (Outcome::default(), Vec::new());
-    let mut turn = async |client: &mut UnixStream| {
-        // Lets the server do what it can, takes what it gives, and says whether it did anything.
+    let (start, is_served) = (Instant::now(), || server.connected.get() > 0);
+    // Lets the server do what it can, takes what it gives, and says whether it did anything.
+    let mut turn = async || {
+        assert!(start.elapsed() < PATIENCE, "the connection never ends");
         let steps = (0..1000).take_while(|_| server.executor.try_tick()).count();
         outcome.stdout += &server.stdout.take(String::new());
         outcome.stderr += &server.stderr.take(String::new());
         if let Some(Some(line)) = future::poll_once(pin!(server.lines.observe()).next()).await {
             outcome.latest = Some(line);
         }
-        let failure = client.read_to_end(&mut echo).err().map(|error| error.kind());
+        let failure = (&client).read_to_end(&mut echo).err().map(|error| error.kind());
         outcome.failure = outcome.failure.or(failure.filter(|kind| *kind != ErrorKind::WouldBlock));
         future::yield_now().await; // to the reactor
         steps > 0
     };
-    let start = Instant::now();
-    let is_served = || {
-        assert!(start.elapsed() < PATIENCE, "the connection never ends");
-        server.connected.get() > 0
-    };
     for chunk in &input.chunks {
         let mut rest = &chunk[..];
         while !rest.is_empty() && is_served() {
-            rest = &rest[client.write(rest).unwrap_or(0)..];
+            rest = &rest[(&client).write(rest).unwrap_or(0)..];
             // It waits for these bytes, so it will move.
-            while !turn(&mut client).await && is_served() {}
-            while turn(&mut client).await && is_served() {}
+            while !turn().await && is_served() {}
+            while turn().await && is_served() {}
         }
     }
     let _ = client.shutdown(Shutdown::Write);
-    while turn(&mut client).await || is_served() {}
+    while turn().await || is_served() {}
     outcome.echo = echo.escape_ascii().to_string();
     outcome
 }
