@@ -12,6 +12,7 @@ use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcsetattr};
 use std::borrow::BorrowMut;
 use std::env;
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -51,7 +52,7 @@ pub fn ms(n: u64) -> Duration {
 }
 
 /// Says past libtest's capture what is not run, and why; with `SMOLRX_NO_SKIPS`, as in CI, that is a failure.
-pub fn skip(reason: impl std::fmt::Display) {
+pub fn skip(reason: impl fmt::Display) {
     assert!(env::var_os("SMOLRX_NO_SKIPS").is_none(), "SKIPPED where SMOLRX_NO_SKIPS is set: {reason}");
     let test = thread::current().name().unwrap_or("a part of a test").to_owned();
     let _ = writeln!(io::stderr(), "SKIPPED: {test}: {reason}");
@@ -93,7 +94,7 @@ impl Drop for Scratch {
 }
 
 /// Tries until `done` answers yes; fails after `within`.
-pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) {
+pub fn eventually(within: Duration, what: impl fmt::Display, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < within, "not within {within:?}: {what}");
@@ -303,13 +304,10 @@ impl Process {
 
     /// Waits for the end, which must come within the deadline, though nobody may read the output.
     pub fn status(&mut self, within: Duration) -> ExitStatus {
-        let start = Instant::now();
-        while self.is_running() {
-            let said = (&self.stdout, &self.stderr);
-            assert!(start.elapsed() < within, "still running after {within:?}\n{said:?}");
-            thread::sleep(ms(2));
-        }
-        self.child.wait().unwrap()
+        let Self { child, stdout, stderr, .. } = self;
+        let has_ended = || child.try_wait().unwrap().is_some();
+        eventually(within, format_args!("it ends\n{stdout:?}{stderr:?}"), has_ended);
+        child.wait().unwrap()
     }
 
     /// Waits for the end, which must come within the deadline, and for all that it has said.
@@ -408,13 +406,8 @@ impl Process {
 
     /// Waits until it does nothing any more, and answers with its `activity` so far.
     pub fn comes_to_rest(&self) -> (Duration, u64) {
-        let mut before = self.activity();
-        eventually(PATIENCE, "it comes to rest", || {
-            thread::sleep(ms(200));
-            let earlier = std::mem::replace(&mut before, self.activity());
-            earlier == before
-        });
-        before
+        eventually(PATIENCE, "it comes to rest", || self.busy_during(ms(200)).is_zero());
+        self.activity()
     }
 
     /// The port it listens on, for when it does not say.
@@ -699,8 +692,8 @@ impl Transcript {
     }
 }
 
-impl std::fmt::Debug for Transcript {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Transcript {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let reading = self.lock();
         let lines = &reading.lines;
         writeln!(f, "--- {} lines, the last of them:", lines.len())?;
