@@ -94,7 +94,7 @@ impl Drop for Scratch {
 }
 
 /// Tries until `done` answers yes; fails after `within`.
-pub fn eventually(within: Duration, what: impl fmt::Display, mut done: impl FnMut() -> bool) {
+pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < within, "not within {within:?}: {what}");
@@ -304,10 +304,13 @@ impl Process {
 
     /// Waits for the end, which must come within the deadline, though nobody may read the output.
     pub fn status(&mut self, within: Duration) -> ExitStatus {
-        let Self { child, stdout, stderr, .. } = self;
-        let has_ended = || child.try_wait().unwrap().is_some();
-        eventually(within, format_args!("it ends\n{stdout:?}{stderr:?}"), has_ended);
-        child.wait().unwrap()
+        let start = Instant::now();
+        while self.is_running() {
+            let said = (&self.stdout, &self.stderr);
+            assert!(start.elapsed() < within, "still running after {within:?}\n{said:?}");
+            thread::sleep(ms(2));
+        }
+        self.child.wait().unwrap()
     }
 
     /// Waits for the end, which must come within the deadline, and for all that it has said.
