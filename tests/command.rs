@@ -113,7 +113,7 @@ impl Notes {
     }
 }
 
-/// Waits until a server has so many children, zombies included.
+/// Waits until a server has this many children, zombies included.
 fn wait_for_children(server: &Server, count: usize) {
     let children = || server.tasks("children").concat();
     eventually(PATIENCE, &format!("{count} children"), || children().split_whitespace().count() == count);

@@ -292,7 +292,7 @@ fn addresses_become_text_as_std_has_it() {
     });
 }
 
-/// Checks so many cases; what fails is shrunk, said and kept.
+/// Checks this many cases; what fails is shrunk, said and kept.
 fn fuzz<S: Strategy>(cases: u64, of: S, check: impl Fn(S::Value) -> Result<(), TestCaseError>) {
     let config = ProptestConfig {
         cases: cases as u32,

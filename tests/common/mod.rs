@@ -42,7 +42,7 @@ pub fn calm(options: &str) -> String {
     format!("--interval 600000 {options}")
 }
 
-/// A line of so many bytes, its ending included.
+/// A line of this many bytes, its ending included.
 pub fn line_of(length: usize) -> String {
     "x".repeat(length - 1) + "\n"
 }
@@ -93,7 +93,7 @@ impl Drop for Scratch {
     }
 }
 
-/// Tries until `done` answers yes; fails after `within`.
+/// Tries until `done` is true; fails after `within`.
 pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -340,7 +340,7 @@ impl Process {
         self.stopped(signalled)
     }
 
-    /// Asks it to stop, and answers when.
+    /// Asks it to stop, and returns when it did.
     pub fn ask_to_stop(&self) -> Instant {
         let now = Instant::now();
         self.signal(Signal::TERM);
@@ -379,7 +379,7 @@ impl Process {
         self.open_descriptors().len()
     }
 
-    /// Leaves it descriptors for so many clients, and no more.
+    /// Leaves it descriptors for this many clients, and no more.
     pub fn limit_descriptors(&self, clients: usize) {
         let open = self.open_descriptors();
         let is_free = |number: &u64| !open.contains(&self.proc(&format!("fd/{number}")));
@@ -400,14 +400,14 @@ impl Process {
         (Duration::from_nanos(nanoseconds), turns)
     }
 
-    /// Time spent on a processor while so much goes by.
+    /// Time spent on a processor while this much goes by.
     pub fn busy_during(&self, time: Duration) -> Duration {
         let before = self.activity().0;
         thread::sleep(time);
         self.activity().0 - before
     }
 
-    /// Waits until it does nothing any more, and answers with its `activity` so far.
+    /// Waits until it does nothing any more, and returns its `activity` so far.
     pub fn comes_to_rest(&self) -> (Duration, u64) {
         eventually(PATIENCE, "it comes to rest", || self.busy_during(ms(200)).is_zero());
         self.activity()
@@ -522,7 +522,7 @@ impl Server {
         Client::connect(self.loopback())
     }
 
-    /// So many clients that are connected, and then have each sent `text`.
+    /// This many clients that are connected, and then have each sent `text`.
     pub fn clients(&self, count: usize, text: &str) -> Vec<Client> {
         raise_descriptor_limit();
         let mut clients: Vec<Client> = (0..count).map(|_| self.connect()).collect();
@@ -788,7 +788,7 @@ impl Client {
         self.0.write_all(bytes.as_ref()).expect("the server takes what is sent");
     }
 
-    /// Waits until so many bytes are there to be read, and leaves them there.
+    /// Waits until this many bytes are there to be read, and leaves them there.
     pub fn wait_for_bytes(&self, count: usize) {
         let are_there = || rustix::io::ioctl_fionread(&self.0).unwrap() >= count as u64;
         eventually(PATIENCE, "the bytes are there", are_there);
@@ -836,7 +836,7 @@ impl Client {
         bytes
     }
 
-    /// Whether nothing comes, not even the connection's end, for so long.
+    /// Whether nothing comes, not even the connection's end, for this long.
     pub fn hears_nothing_for(&mut self, time: Duration) -> bool {
         self.0.set_read_timeout(Some(time)).unwrap();
         let silent = self.0.peek(&mut [0]).is_err_and(|e| e.kind() == ErrorKind::WouldBlock);
@@ -877,7 +877,7 @@ impl Flood {
         format!("line {number} of {} {}", self.port, "x".repeat(80))
     }
 
-    /// Sends and receives what goes without waiting; answers whether anything went.
+    /// Sends and receives what goes without waiting; returns whether anything went.
     pub fn pump(&mut self, begin_lines: bool) -> bool {
         if self.sent == self.text.len() && begin_lines {
             self.text.extend((self.line(self.lines) + "\n").into_bytes());
@@ -906,7 +906,7 @@ impl Flood {
         result.unwrap_or(0)
     }
 
-    /// Sends and receives until every flood is at a standstill for so long.
+    /// Sends and receives until every flood is at a standstill for this long.
     pub fn pump_until_stalled(floods: &mut [Self], standstill: Duration) {
         let mut last = Instant::now();
         eventually(PATIENCE, "the server takes no more", || {
