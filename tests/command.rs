@@ -85,47 +85,32 @@ fn event_is_in_the_environment() {
     assert_eq!(server.stderr.lines(), [""; 0]);
 }
 
-/// A script prints the same in a run as in the server's place, whatever was set up before, beside clients or
-/// not: a run is given what the server was given.
+/// A script prints the same in a run as in the server's place, beside clients or not: a run has the server's
+/// environment to the byte, but for one `SMOLRX_EVENT`; its own arguments exactly, be they no UTF-8, empty, or
+/// like options of the server; signals blocked, ignored or at their default as they were; the folder, the mask
+/// for new files, the process group and session, the first limits of descriptors (of which the server has raised
+/// its own, and has more in use); and the three standard descriptors, but none of the server's own.
 #[test]
 fn run_is_given_what_the_server_was_given() {
-    let cases = [
-        // The environment to the byte, but for one `SMOLRX_EVENT`, which is the event's.
-        (
-            r"export SMOLRX_EVENTS=1 SMOLRX_EVEN=2 XSMOLRX_EVENT=3 EMPTY= NOT_UTF_8=$(printf '\377\376')
-            export LINES=$(printf 'a\nb=c')",
-            r"tr '\0' '\n' < /proc/$$/environ | grep -av ^_= | cat -v | sort",
-        ),
-        // Its arguments exactly.
-        ("true", r#"printf '<%s>\n' "$@" | cat -v"#),
-        // Signals that are blocked, ignored or at their default.
-        ("true", SIGNALS),
-        (
-            "exec env --block-signal=INT,TERM,HUP,CHLD,PIPE,XFSZ,USR1,WINCH --ignore-signal=USR2 \"$0\" \"$@\"",
-            SIGNALS,
-        ),
-        ("exec env --ignore-signal=INT,QUIT,TERM,HUP,XFSZ \"$0\" \"$@\"", SIGNALS),
-        // The folder, the mask for new files, the process group and session, and the limits of descriptors,
-        // though the server has raised its own and has more in use than the old soft limit allows.
-        (
-            "cd /usr; umask 027; ulimit -Sn 64; ulimit -Hn 1024",
-            "pwd; umask; ulimit -Sn; ulimit -Hn; cut -d ' ' -f 5,6 /proc/$$/stat",
-        ),
-        // The three standard descriptors, and none of the server's own.
-        ("true", "exec ls -1 /proc/self/fd"),
-    ];
-    const SIGNALS: &str = "exec grep -E '^(SigBlk|SigIgn|SigPnd|ShdPnd):' /proc/self/status";
-    // No UTF-8, empty, or like options of the server.
+    let script = r#"tr '\0' '\n' < /proc/$$/environ | grep -av ^_= | cat -v | sort
+        printf '<%s>\n' "$@" | cat -v
+        grep -E '^(SigBlk|SigIgn|SigPnd|ShdPnd):' /proc/self/status
+        pwd; umask; cut -d ' ' -f 5,6 /proc/$$/stat; ulimit -Sn; ulimit -Hn; ls -1 /proc/self/fd"#;
     let arguments =
         b"\xff\xfe||--help|-h|--version|-V|--health|--|-q|--interval|nonsense|--tcp-port=99999999|\
         a b|line\nend|$D|*|\x1b[31m";
-    let arguments = arguments.split(|&byte| byte == b'|').map(OsStr::from_bytes);
-    for (setup, script) in cases {
-        let script = ["sh", "-c", script, "sh"];
-        let given = |command: &mut Command| after(setup, command.args(arguments.clone()));
-        let mut in_its_place = given(Command::new("env").envs(MALLOC).args(script));
+    let arguments: Vec<_> = arguments.split(|&byte| byte == b'|').map(OsStr::from_bytes).collect();
+    for setup in [
+        r"export SMOLRX_EVENTS=1 SMOLRX_EVEN=2 XSMOLRX_EVENT=3 EMPTY= NOT_UTF_8=$(printf '\377\376')
+        export LINES=$(printf 'a\nb=c'); cd /usr; umask 027; ulimit -Sn 64; ulimit -Hn 1024",
+        "exec env --block-signal=INT,TERM,HUP,CHLD,PIPE,XFSZ,USR1 --ignore-signal=USR2 \"$0\" \"$@\"",
+        "exec env --ignore-signal=INT,QUIT,TERM,HUP,XFSZ \"$0\" \"$@\"",
+    ] {
+        let given =
+            |command: &mut Command| after(setup, command.args(["sh", "-c", script, "sh"]).args(&arguments));
+        let mut in_its_place = given(Command::new("env").envs(MALLOC));
         let mut printed = run(in_its_place.env("SMOLRX_EVENT", "poke")).stdout;
-        let mut command = given(&mut with_command("-q", &script));
+        let mut command = given(&mut with_command("-q", &[]));
         let mut server = Server::on_loopback(command.env("SMOLRX_EVENT", "an older one"));
         server.echo("poke\n");
         server.stdout.wait_for_count(1);
