@@ -14,9 +14,7 @@ use std::thread;
 fn binds_to_an_address_of_either_family() {
     let cases = [
         ("", "0.0.0.0", &["127.0.0.1"][..]),
-        ("--bind 127.0.0.1", "127.0.0.1", &["127.0.0.1"]),
         ("--bind ::1", "::1", &["::1"]),
-        ("--bind [::1]", "::1", &["::1"]),
         ("--bind [0:0::1]", "::1", &["::1"]),
         ("--bind ::", "::", &["127.0.0.1", "::1"]),
     ];
@@ -47,11 +45,7 @@ fn address_that_cannot_be_had_is_one_sentence() {
     for (ip, address, reasons) in [
         (&*used, format!("127.0.0.1:{port}"), "address in use"),
         ("192.0.2.1", "192.0.2.1:8888".into(), "address not available"),
-        (
-            "fe80::1",
-            "[fe80::1]:8888".into(),
-            "invalid argument|address family not supported|address not available",
-        ),
+        ("fe80::1", "[fe80::1]:8888".into(), "invalid argument|address family|address not available"),
     ] {
         let exit = run(program(&format!("--bind {ip}")));
         assert_eq!((exit.code, exit.stdout.len(), exit.stderr.len()), (Some(1), 0, 1), "{exit:?}");
@@ -136,7 +130,7 @@ fn stdout_in_a_file_is_appended_to() {
 fn idle_server_does_nothing() {
     let servers = [("12000", 3), ("0", 0)].map(|(interval, idle)| {
         let server = Server::start(&format!("--interval {interval} --keep-open"));
-        let mut clients = Vec::from([(); 3].map(|()| server.connect()));
+        let mut clients = server.clients(3, "");
         clients[0].send("foo\n");
         clients[0].expect("foo\n");
         clients.truncate(idle);
