@@ -577,8 +577,8 @@ fn path_is_searched() {
         server
     };
     for (places, says) in [
-        (&format!("{}:second", folder.file("third").display()), "third"),
         ("first:third", "third"),
+        (&format!("{}:second", folder.file("third").display()), "third"),
         (&format!("/no/such:/dev/null:/{}:second", "x".repeat(5000)), "second"),
         (":second", "."),
         ("/no/such::", "."),
