@@ -14,8 +14,8 @@ use std::time::Instant;
 
 // -------------------------------------------------------------------- signals
 
-/// As process 1 it stops at SIGHUP, which a terminal that closes sends, as at SIGTERM and SIGINT, and a second
-/// one of them ends it at once, with 128 and the number of the second.
+/// Process 1 stops at SIGHUP, which a terminal that closes sends, as at SIGTERM and SIGINT, and a second one
+/// of them ends it at once, with 128 and the number of the second.
 #[test]
 fn second_signal_ends_process_one_at_once() {
     for (first, second, code) in [
