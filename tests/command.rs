@@ -468,8 +468,8 @@ fn runs_leak_nothing() {
     let server = with_script("--max-line 300000", TELLS);
     poke(&server, "x\n");
     wait_for_children(&server, 0);
-    let descriptors = server.descriptors();
-    let memory_after = |runs: usize| {
+    let (descriptors, threads) = (server.descriptors(), server.threads());
+    let memory = [30, 100, 100, 100].map(|runs| {
         server.stderr.clear();
         for i in 1..=runs {
             poke(&server, "x\n");
@@ -478,10 +478,11 @@ fn runs_leak_nothing() {
         }
         wait_for_children(&server, 0);
         eventually(PATIENCE, "no descriptor is left", || server.descriptors() == descriptors);
-        (server.memory_kb(), server.threads())
-    };
-    let (before, after) = (memory_after(30), memory_after(300));
-    assert!(after.0 <= before.0 + 150 && after.1 == before.1, "{before:?} kB and threads, then {after:?}");
+        assert_eq!(server.threads(), threads);
+        server.memory_kb()
+    });
+    // A leak grows each time. That more buffers than before meet in a moment happens once or twice.
+    assert!(memory.windows(2).any(|pair| pair[1] <= pair[0] + 50), "{memory:?} kB");
 }
 
 /// The end of each run is noticed at once, also of the shortest, and where the parent blocks SIGCHLD.
