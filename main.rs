@@ -314,8 +314,8 @@ pub mod rx {
         })
     }
 
-    /// The operators of Rx that futures-lite lacks. One that can be turned off takes an `Option`, as
-    /// `max_wait` is. A new one may be one line:
+    /// The operators of Rx that futures-lite lacks. What can be turned off is an `Option`, like
+    /// `max_wait`. A new one may be one line:
     ///
     /// ```text
     /// fn start_with(self, item: Self::Item) -> impl Stream<Item = Self::Item> {
@@ -790,8 +790,8 @@ fn listen(address: SocketAddr) -> Result<Arc<Async<TcpListener>>, Errno> {
     }
     net::bind(&socket, &address)?;
     net::listen(&socket, BACKLOG)?;
-    // async-net wraps the socket, and no more: its `bind` takes neither backlog nor options, and its `accept`
-    // registers each client (two system calls more).
+    // async-net, one of the crates that this program is meant to show, only wraps the socket here: its `bind`
+    // takes neither backlog nor options, and its `accept` registers each client (two system calls more).
     Ok(async_net::TcpListener::try_from(socket).map_err(errno)?.into())
 }
 
@@ -838,7 +838,7 @@ struct Connection<'a> {
     /// The registration with the reactor, made once there is something to wait for: often there is not.
     io: Option<Async<BorrowedFd<'a>>>,
     /// What is to be sent (whole lines, or the HTTP answer), then the other bytes received: at most a line
-    /// and a chunk, and the answer.
+    /// and a chunk.
     buffer: Vec<u8>,
     /// How many bytes at the start of `buffer` are to be echoed, and how many of these have been.
     to_echo: usize,
@@ -1007,7 +1007,7 @@ impl Connection<'_> {
     }
 
     /// Waits until the client moves (true) or its time is over (false). `start` is when it first waits: most
-    /// attempts never do, and ask for no time.
+    /// attempts never do, and read no clock.
     /// (As `future::or` of two async blocks, this would cost an idle connection 550 bytes more.)
     fn poll_client(&mut self, cx: &mut Context<'_>, start: &mut Option<Instant>) -> Poll<bool> {
         let now = Instant::now();
@@ -1452,7 +1452,7 @@ pub mod text {
 /// A condition variable for tasks: it keeps those that wait for a change, and whoever makes the change wakes
 /// all.
 #[derive(Default)]
-pub struct Waiters(RefCell<Vec<Waker>>);
+struct Waiters(RefCell<Vec<Waker>>);
 
 impl Waiters {
     /// Ready if the condition `holds`; else the task is woken at the next change, and asks again.
@@ -1564,8 +1564,8 @@ event, and finds it in the environment variable SMOLRX_EVENT.
   --keep-open       serve every line until the client closes
   --max-conns N     connections served at once; more wait in the backlog [512]
   --max-line BYTES  longest line, its ending included [2048]
-  --timeout MS      a connection that neither sends nor takes a byte for that
-                    long is closed [60000]
+  --timeout MS      a connection that sends no byte, or takes none of its echo,
+                    for that long is closed [60000]
   -q, --quiet       print events alone, one a line; with a COMMAND, nothing
   --health          ask the server on --tcp-port whether it is healthy, or
                     without that the first one here; exit 0 or 1
@@ -1644,7 +1644,7 @@ impl Invocation {
                 }
                 "--max-line" => {
                     options.max_line =
-                        args.number("a whole number of bytes from ", false, 1, u32::MAX - 1)? as usize
+                        args.number("a whole number of bytes from ", false, 1, u32::MAX)? as usize
                 }
                 "--keep-open" => options.keep_open = true,
                 "-q" | "--quiet" => options.quiet = true,
@@ -1732,7 +1732,7 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
     fn misfit(&self) -> String {
         let typed = excerpt(self.name.as_bytes());
         let (what, hint) = match &*self.name {
-            "--port" | "-p" => ("unknown option '", "'; did you mean --tcp-port?"),
+            "--port" | "-p" => ("unknown option '", "'; the port is set by --tcp-port"),
             name if !name.starts_with('-') => ("unexpected argument '", "'; a command follows '--'"),
             name if name.starts_with("--") || name.len() <= 2 => ("unknown option '", "'"),
             _ => ("unknown option '", "'; give short options one by one"),

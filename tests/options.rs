@@ -43,48 +43,36 @@ fn refusal_of(options: &[impl AsRef<OsStr>]) -> String {
 
 // ------------------------------------------------------------ help and version
 
-/// `-h` and `--help` print every option with its default, in the order of the table, and what a command gets.
+/// `--help` prints every option with its default, in the order of the table, and what a command gets.
 #[test]
 fn help_lists_every_option_in_order() {
-    for option in ["-h", "--help"] {
-        let exit = run(program(option));
-        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
-        let widest = exit.stdout.iter().map(|line| line.chars().count()).max();
-        assert!(widest <= Some(80), "wider than a terminal: {widest:?}");
-        let help = exit.stdout.join("\n");
-        for word in ["-- COMMAND [ARG]...", "SMOLRX_EVENT", "0 for no clock"] {
-            assert!(help.contains(word), "{word} is not in the help:\n{help}");
-        }
-        let mut rest = &*help;
-        for (name, default) in OPTIONS {
-            let behind = rest.split_once(&format!("\n  {name} "));
-            rest = behind.unwrap_or_else(|| panic!("{name} is not in its place:\n{help}")).1;
-            let text = rest.split("\n  -").next().unwrap();
-            assert!(text.contains(default), "{name} without its default {default}: {text}");
-        }
+    let lines = run(program("--help")).stdout;
+    let widest = lines.iter().map(|line| line.chars().count()).max();
+    assert!(widest <= Some(80), "wider than a terminal: {widest:?}");
+    let help = lines.join("\n");
+    for word in ["-- COMMAND [ARG]...", "SMOLRX_EVENT", "0 for no clock"] {
+        assert!(help.contains(word), "{word} is not in the help:\n{help}");
+    }
+    let mut rest = &*help;
+    for (name, default) in OPTIONS {
+        let behind = rest.split_once(&format!("\n  {name} "));
+        rest = behind.unwrap_or_else(|| panic!("{name} is not in its place:\n{help}")).1;
+        let text = rest.split("\n  -").next().unwrap();
+        assert!(text.contains(default), "{name} without its default {default}: {text}");
     }
 }
 
-/// `-V` and `--version` print the version.
-#[test]
-fn version() {
-    for option in ["-V", "--version"] {
-        let exit = run(program(option));
-        assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{exit:?}");
-        assert_eq!(exit.stdout, [concat!("smolrx ", env!("CARGO_PKG_VERSION"))]);
-    }
-}
-
-/// The first `--help` or `--version` wins over whatever follows it, and over nothing else: a mistake before
-/// it is refused, as the value of an option it is none, and behind `--` it is the command's.
+/// The first `--help` or `--version`, short or long, wins over whatever follows it, and over nothing else: a
+/// mistake before it is refused, as the value of an option it is none, and behind `--` it is the command's.
 #[test]
 fn help_and_version_win_over_what_follows() {
-    for first in ["-h", "--help", "-V", "--version"] {
-        let alone = run(program(first)).stdout;
-        for rest in ["--frobnicate", "--interval", "--tcp-port x", "--", "-h", "-V", "x"] {
+    let help = run(program("--help")).stdout;
+    let version = vec![concat!("smolrx ", env!("CARGO_PKG_VERSION")).to_owned()];
+    for (first, text) in [("-h", &help), ("--help", &help), ("-V", &version), ("--version", &version)] {
+        for rest in ["", "--frobnicate", "--interval", "--tcp-port x", "--", "-h", "-V", "x"] {
             let exit = run(program(&format!("--keep-open {first} {rest}")));
             assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{first} {rest}: {exit:?}");
-            assert_eq!(exit.stdout, alone, "{first} {rest}");
+            assert_eq!(exit.stdout, *text, "{first} {rest}");
         }
         assert_eq!(refusal_of(&["--frobnicate", first]), "unknown option '--frobnicate'");
         assert_eq!(
@@ -106,15 +94,14 @@ fn last_value_counts_in_either_form() {
     let apart = |options: &str| options.replace('=', " ");
     // Each of them lets events out.
     for waits in ["--debounce=1", "--debounce=99999 --max-wait=1"] {
-        let values = "--tcp-port=0 --bind=127.0.0.1 --interval=10 --max-conns=1 --max-line=9 --timeout=99 ";
-        let values = String::from(values) + waits;
-        let [together, apart_first] =
-            [format!("{others} {}", apart(&values)), format!("{} {values}", apart(others))];
-        for options in [apart(&values), values, together, apart_first] {
+        let values = format!(
+            "--tcp-port=0 --bind=127.0.0.1 --interval=10 --max-conns=1 --max-line=9 --timeout=99 {waits}"
+        );
+        for options in [format!("{others} {}", apart(&values)), format!("{} {values}", apart(others))] {
             let mut server = Server::start(&options);
             assert_eq!(server.address.ip().to_string(), "127.0.0.1");
             assert_ne!(server.address.port(), 1);
-            server.stdout.wait_for("Observing 3");
+            server.stdout.wait_for_count(5); // where it serves, and four events
             server.echo("12345678\n");
             let (mut silent, mut over) = (server.connect(), server.connect());
             over.send("123456789\n");
@@ -124,29 +111,27 @@ fn last_value_counts_in_either_form() {
             assert_eq!(silent.until_closed(), b"");
             let from = format!("smolrx: line from 127.0.0.1:{}", over.port());
             let message = format!("{from} is longer than 9 bytes; --max-line allows more");
+            server.stderr.wait_for(&message);
             assert_eq!(server.stop().stderr, [message], "{options}");
         }
     }
 }
 
-/// Values at both ends of their range are taken, alone and together, and serve.
+/// Values at both ends of their range are taken, and serve.
 #[test]
 fn values_at_the_ends_of_their_range() {
     let smallest =
         "--interval 0|--interval 10|--debounce 1|--max-wait 1|--max-conns 1|--max-line 1|--timeout 1";
-    let largest = "--interval 4294967295|--debounce 4294967295|--max-wait 4294967295|\
-        --max-conns 4294967295|--max-line 4294967294|--timeout 4294967295";
-    let all = largest.replace('|', " ");
-    for options in smallest.split('|').chain(largest.split('|')).chain([&*all]) {
+    let largest = "--interval 4294967295 --debounce 4294967295 --max-wait 4294967295 \
+        --max-conns 4294967295 --max-line 4294967295 --timeout 4294967295";
+    for options in smallest.split('|').chain([largest]) {
         let mut server = Server::start(options);
         if options != "--timeout 1" {
             // One that can be served in a millisecond and has only a byte.
             server.echo("\n");
         }
         thread::sleep(ms(50)); // long enough for a sum that overflows
-        let exit = server.stop();
-        let warnings = usize::from(options == "--debounce 4294967295");
-        assert_eq!(exit.stderr.len(), warnings, "{options}: {exit:?}");
+        assert_eq!(server.stop().stderr, [""; 0], "{options}");
     }
 }
 
@@ -167,7 +152,7 @@ fn values_out_of_their_range_are_refused() {
         ("--max-wait", milliseconds, "0|4294967296"),
         ("--timeout", milliseconds, "0|00|4294967296"),
         ("--max-conns", "a whole number from 1 to 4294967295", "0|4294967296"),
-        ("--max-line", "a whole number of bytes from 1 to 4294967294", "0|4294967295|2k"),
+        ("--max-line", "a whole number of bytes from 1 to 4294967295", "0|4294967296|2k"),
         (
             "--bind",
             "an IPv4 or IPv6 address",
@@ -192,34 +177,30 @@ fn values_out_of_their_range_are_refused() {
 /// was meant; so does a value that is wrong although a right one follows.
 #[test]
 fn wrong_options_are_named_as_typed() {
+    // The words are parted by `|`; `{}` is one of them.
+    let words = [
+        ("--frobnicate|--Interval|--interva|--intervals|---interval|--quiet |-x|-", "unknown option '{}'"),
+        ("--port|-p", "unknown option '{}'; the port is set by --tcp-port"),
+        ("-qV|-hq|-Vh|-interval|-q=1", "unknown option '{}'; give short options one by one"),
+        ("./sync.sh|8888|", "unexpected argument '{}'; a command follows '--'"),
+    ];
+    for (words, message) in words {
+        for word in words.split('|') {
+            let message = message.replace("{}", word);
+            assert_eq!(refusal_of(&[word]), message);
+            assert_eq!(refusal_of(&["--tcp-port", "0", "--health", word, "8888"]), message);
+        }
+    }
     // The arguments are parted by a blank, command lines with the same message by `|`.
-    let cases: [(&[u8], &str); 27] = [
-        (b"--frobnicate|--frobnicate=3", "unknown option '--frobnicate'"),
-        (b"--tcp-port 0 --Interval 50", "unknown option '--Interval'"),
-        (b"--interva 50", "unknown option '--interva'"),
-        (b"--intervals=50", "unknown option '--intervals'"),
-        (b"---interval 50", "unknown option '---interval'"),
-        (b"-x", "unknown option '-x'"),
-        (b"-", "unknown option '-'"),
-        (b"--port 8888|--port=8888|--port", "unknown option '--port'; did you mean --tcp-port?"),
-        (b"-p 8888", "unknown option '-p'; did you mean --tcp-port?"),
-        (b"-qV", "unknown option '-qV'; give short options one by one"),
-        (b"-hq", "unknown option '-hq'; give short options one by one"),
-        (b"-Vh", "unknown option '-Vh'; give short options one by one"),
-        (b"-interval 50", "unknown option '-interval'; give short options one by one"),
-        (b"-q=1", "unknown option '-q=1'; give short options one by one"),
-        (b"./sync.sh", "unexpected argument './sync.sh'; a command follows '--'"),
-        (b"--keep-open 8888|--health 8888", "unexpected argument '8888'; a command follows '--'"),
-        (b"--interval 50  --tcp-port 0", "unexpected argument ''; a command follows '--'"),
+    let cases: [(&[u8], &str); 12] = [
+        (b"--frobnicate=3", "unknown option '--frobnicate'"),
+        (b"--port=8888", "unknown option '--port'; the port is set by --tcp-port"),
         (b"--keep-open=yes", "option '--keep-open' takes no value"),
         (b"--quiet=1|--quiet=", "option '--quiet' takes no value"),
         (b"--health=8888", "option '--health' takes no value"),
         (b"--=./sync.sh ./sync.sh", "option '--' takes no value"),
         (b"--|-q --|--health --", "no command follows '--'"),
-        (
-            b"--timeout 2s --timeout 2000",
-            "option '--timeout' takes a whole number of milliseconds from 1 to 4294967295, not '2s'",
-        ),
+        (b"--tcp-port x --tcp-port 0", "option '--tcp-port' takes a whole number from 0 to 65535, not 'x'"),
         (b"--bind \xff", "option '--bind' takes an IPv4 or IPv6 address, not '\u{fffd}'"),
         (b"--tcp-port 0\xff", "option '--tcp-port' takes a whole number from 0 to 65535, not '0\u{fffd}'"),
         (b"-q -\xff\x1b", "unknown option '-\u{fffd}\\u{1b}'; give short options one by one"),
@@ -231,7 +212,6 @@ fn wrong_options_are_named_as_typed() {
             assert_eq!(refusal_of(&arguments), message);
         }
     }
-    assert_eq!(refusal_of(&["--quiet "]), "unknown option '--quiet '");
     for (option, _) in OPTIONS.iter().filter(|(_, default)| !default.is_empty()) {
         assert_eq!(refusal_of(&["-q", option]), format!("option '{option}' needs a value"));
     }
@@ -257,8 +237,7 @@ fn message_is_one_short_line_whatever_is_typed() {
         }
     }
     let message = refusal_of(&[hostile]);
-    let start = r"unexpected argument 'foo\u{a}smolrx: all is well\r\u{1b}[2J\u{1b}";
-    assert!(message.starts_with(start), "{message}");
+    assert!(message.starts_with(r"unexpected argument 'foo\u{a}smolrx: all is well\r\u{1b}[2J"), "{message}");
     let message = refusal_of(&[OsStr::from_bytes(&long[0])]);
     assert!(message.starts_with("unexpected argument 'xxxxxxxxxxxxxxxxxxxx"), "{message}");
 }

@@ -7,11 +7,12 @@
 use nix::sched::{CloneFlags, unshare};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
-use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcsetattr};
 use std::borrow::BorrowMut;
 use std::env;
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -50,9 +51,8 @@ pub fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// Says that a part of a test is not run, and why, past libtest's capture. Where `SMOLRX_NO_SKIPS` is set,
-/// as in CI, that is a failure.
-pub fn skip(reason: impl std::fmt::Display) {
+/// Says past libtest's capture what is not run, and why; with `SMOLRX_NO_SKIPS`, as in CI, that is a failure.
+pub fn skip(reason: impl fmt::Display) {
     assert!(env::var_os("SMOLRX_NO_SKIPS").is_none(), "SKIPPED where SMOLRX_NO_SKIPS is set: {reason}");
     let test = thread::current().name().unwrap_or("a part of a test").to_owned();
     let _ = writeln!(io::stderr(), "SKIPPED: {test}: {reason}");
@@ -102,8 +102,7 @@ pub fn eventually(within: Duration, what: &str, mut done: impl FnMut() -> bool) 
     }
 }
 
-/// Has each load run over and over in a thread of its own as long as `body` runs, which begins once they have
-/// counted to `enough`.
+/// Repeats each load in a thread of its own while `body` runs, which begins once they have counted `enough`.
 pub fn beside<T>(loads: Vec<impl FnMut() -> u64 + Send>, enough: u64, body: impl FnOnce() -> T) -> T {
     let (on, count) = (Arc::new(()), AtomicU64::new(0));
     thread::scope(|scope| {
@@ -172,16 +171,14 @@ pub fn after(setup: &str, inner: &Command) -> Command {
 
 /// A strace that injects, for example, `socket:error=EPERM:when=1`; none, and the test skipped, without it.
 pub fn strace(injection: &str) -> Option<Command> {
-    let injecting = |injection| {
-        let mut strace = command("strace");
-        strace.args(["-qq", "-o", "/dev/null", "-e", &format!("inject={injection}")]);
-        strace
-    };
-    if let Some(reason) = refusal(injecting("epoll_ctl:error=ENOMEM").arg("true")) {
+    let probe = ["-o", "/dev/null", "-e", "inject=epoll_ctl:error=ENOMEM", "true"];
+    if let Some(reason) = refusal(Command::new("strace").args(probe)) {
         skip(format!("no strace that injects: {reason}"));
         return None;
     }
-    Some(injecting(injection))
+    let mut strace = command("strace");
+    strace.args(["-qq", "-o", "/dev/null", "-e", &format!("inject={injection}")]);
+    Some(strace)
 }
 
 /// Whether this machine lacks the address `::1`; then it says what is skipped.
@@ -199,8 +196,7 @@ pub fn refusal(command: &mut Command) -> Option<String> {
     }
 }
 
-/// Runs a part of a test in a network of its own, with only a loopback interface, on which a shell
-/// has run `setup`; where that can't be, the test is skipped.
+/// Runs `body` in a network of its own, a loopback interface on which a shell has run `setup`; or skips it.
 pub fn in_a_network_of_its_own(setup: &str, body: impl FnOnce() + Send) {
     let setup = ["-ec", &format!("ip link set lo up; {setup}")];
     if let Some(reason) = refusal(Command::new("unshare").args(["--net", "sh"]).args(setup)) {
@@ -215,8 +211,7 @@ pub fn in_a_network_of_its_own(setup: &str, body: impl FnOnce() + Send) {
     thread::scope(|scope| _ = scope.spawn(inside));
 }
 
-/// The program as process 1 of a PID namespace, as in a container, in the place of a shell that has run
-/// `setup`. None, and the test skipped, where that can't be.
+/// The program as process 1, as in a container, in the place of a shell after `setup`; or none, and a skip.
 pub fn as_process_one(setup: &str, inner: &Command) -> Option<Server> {
     let unshare = |namespaces: &[&str]| {
         let mut unshare = command("unshare");
@@ -258,7 +253,6 @@ pub struct Process {
 pub struct Exit {
     /// The exit code; none if a signal killed it.
     pub code: Option<i32>,
-    /// The signal that killed it.
     pub signal: Option<i32>,
     pub stdout: Vec<String>,
     pub stderr: Vec<String>,
@@ -298,16 +292,15 @@ impl Process {
         });
     }
 
+    pub fn wake(&self) {
+        self.signal(Signal::CONT);
+    }
+
     /// Attaches a strace, until that is dropped.
     pub fn traced_by(&self, mut strace: Command) -> Process {
         let strace = Process::spawn(strace.args(["-p", &self.pid.to_string()]));
         eventually(PATIENCE, "it is traced", || self.proc_field("status", "TracerPid:") != "0");
         strace
-    }
-
-    /// Lets it go on.
-    pub fn wake(&self) {
-        self.signal(Signal::CONT);
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -382,11 +375,9 @@ impl Process {
         line.unwrap_or_else(|| panic!("no {name} in {file}:\n{text}"))[name.len()..].trim().into()
     }
 
-    /// Memory that the program holds, in kilobytes: not the pages of its own file, which come as its code
-    /// is used and which the kernel may take back.
+    /// Its memory, without the pages of its own file, which come as code is used and may be taken back.
     pub fn memory_kb(&self) -> u64 {
-        let field = self.proc_field("smaps_rollup", "Anonymous:");
-        field.trim_end_matches(" kB").parse().unwrap()
+        self.proc_field("smaps_rollup", "Anonymous:").trim_end_matches(" kB").parse().unwrap()
     }
 
     pub fn descriptors(&self) -> usize {
@@ -423,38 +414,32 @@ impl Process {
 
     /// Waits until it does nothing any more, and answers with its `activity` so far.
     pub fn comes_to_rest(&self) -> (Duration, u64) {
-        let mut before = self.activity();
-        eventually(PATIENCE, "it comes to rest", || {
-            thread::sleep(ms(200));
-            let earlier = std::mem::replace(&mut before, self.activity());
-            earlier == before
-        });
-        before
+        eventually(PATIENCE, "it comes to rest", || self.busy_during(ms(200)).is_zero());
+        self.activity()
     }
 
     /// The port it listens on, for when it does not say.
     pub fn listening_port(&self) -> u16 {
-        let mut found = None;
+        let mut port = None;
         eventually(PATIENCE, "it listens", || {
             let descriptors = self.open_descriptors();
             let links: Vec<_> = descriptors.iter().filter_map(|path| fs::read_link(path).ok()).collect();
-            // State 0A is LISTEN.
-            found = find_socket(&self.proc("net/tcp"), " 0A ", |field| {
-                let ours = links.contains(&format!("socket:[{}]", field[9]).into());
-                ours.then(|| u16::from_str_radix(field[1].split(':').nth(1).unwrap(), 16).unwrap())
-            });
-            found.is_some()
+            let is_ours = |inode: &str| links.contains(&format!("socket:[{inode}]").into());
+            let sockets = sockets(&self.proc("net/tcp"), " 0A "); // it is LISTEN
+            let address = sockets.iter().find_map(|fields| is_ours(&fields[9]).then_some(&*fields[1]));
+            port = address.map(|address| u16::from_str_radix(&address[address.len() - 4..], 16).unwrap());
+            port.is_some()
         });
-        found.unwrap()
+        port.unwrap()
     }
 }
 
-/// What is found at the first TCP socket that gives an answer, of those whose lines contain this text:
+/// The fields of each TCP socket whose line contains this text:
 /// sl local_address rem_address st tx_queue:rx_queue ... inode (the tenth).
-fn find_socket<T>(file: &Path, text: &str, answer: impl Fn(&[&str]) -> Option<T>) -> Option<T> {
+fn sockets(file: &Path, text: &str) -> Vec<Vec<String>> {
     let sockets = fs::read_to_string(file).unwrap();
-    let mut lines = sockets.lines().filter(|line| line.contains(text));
-    lines.find_map(|line| answer(&line.split_whitespace().collect::<Vec<_>>()))
+    let lines = sockets.lines().filter(|line| line.contains(text));
+    lines.map(|line| line.split_whitespace().map(String::from).collect()).collect()
 }
 
 impl Drop for Process {
@@ -471,8 +456,7 @@ fn stream_socket() -> OwnedFd {
     rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap()
 }
 
-/// A port that is nobody else's: bound, so that the kernel gives it to no one, but not listened on.
-/// A server that is told to may still listen there.
+/// A port that the kernel gives to nobody, as it is bound; a server that is told to can listen there.
 pub struct Port(OwnedFd);
 
 impl Port {
@@ -599,7 +583,6 @@ pub fn health(options: &str, port: u16) -> Exit {
     run(program(&format!("{options} --health --tcp-port {port}")))
 }
 
-/// Says that this server is healthy.
 #[track_caller]
 pub fn assert_healthy(port: u16) {
     let exit = health("", port);
@@ -628,10 +611,9 @@ pub struct Transcript(Arc<(Mutex<Reading>, Condvar)>);
 #[derive(Default)]
 struct Reading {
     lines: Vec<String>,
-    /// What came after the last newline, at the end.
-    partial: Vec<u8>,
+    /// What came after the last newline, once the end has come.
+    rest: Option<Vec<u8>>,
     paused: bool,
-    ended: bool,
 }
 
 impl Transcript {
@@ -647,13 +629,13 @@ impl Transcript {
         transcript.pause();
         let (reader, mut source) = (transcript.clone(), BufReader::with_capacity(4096, source));
         thread::spawn(move || {
-            while !reader.wait_while(PATIENCE * 100, |reading| reading.paused).ended {
+            while reader.wait_while(PATIENCE * 100, |reading| reading.paused).rest.is_none() {
                 let mut line = Vec::new();
                 let _ = source.read_until(b'\n', &mut line); // a failure is the end
                 let mut reading = reader.lock();
                 match line.strip_suffix(b"\n").map(|line| String::from_utf8(line.into())) {
                     Some(line) => reading.lines.push(line.unwrap_or_else(|e| format!("not UTF-8: {e}"))),
-                    None => (reading.partial, reading.ended) = (line, true),
+                    None => reading.rest = Some(line),
                 }
                 if !source.buffer().contains(&b'\n') {
                     reader.0.1.notify_all();
@@ -676,7 +658,7 @@ impl Transcript {
         let mut found = None;
         let reading = self.wait_while(PATIENCE, |reading| {
             found = answer(&reading.lines);
-            found.is_none() && !reading.ended
+            found.is_none() && reading.rest.is_none()
         });
         drop(reading);
         found.unwrap_or_else(|| panic!("waited in vain for {what}\n{self:?}"))
@@ -687,7 +669,6 @@ impl Transcript {
         self.wait_until(&format!("`{line}`"), |lines| lines.iter().any(|l| l == line).then_some(()));
     }
 
-    /// Waits until there are so many lines.
     pub fn wait_for_count(&self, count: usize) {
         self.wait_until(&format!("{count} lines"), |lines| (lines.len() >= count).then_some(()));
     }
@@ -702,9 +683,9 @@ impl Transcript {
 
     /// All lines, once the program has ended; the last one must be whole.
     fn to_the_end(&self) -> Vec<String> {
-        let reading = self.wait_while(PATIENCE, |reading| !reading.ended);
-        assert!(reading.ended, "the output outlives the program");
-        assert_eq!(String::from_utf8_lossy(&reading.partial), "", "part of a line at the end");
+        let reading = self.wait_while(PATIENCE, |reading| reading.rest.is_none());
+        let rest = reading.rest.as_ref().expect("the output ends with the program");
+        assert_eq!(String::from_utf8_lossy(rest), "", "part of a line at the end");
         reading.lines.clone()
     }
 
@@ -719,15 +700,13 @@ impl Transcript {
     }
 }
 
-impl std::fmt::Debug for Transcript {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Transcript {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let reading = self.lock();
         let lines = &reading.lines;
         writeln!(f, "--- {} lines, the last of them:", lines.len())?;
-        for line in &lines[lines.len().saturating_sub(40)..] {
-            writeln!(f, "{}", line.chars().take(200).collect::<String>())?;
-        }
-        writeln!(f, "--- and then: {:?}", String::from_utf8_lossy(&reading.partial))
+        lines.iter().skip(lines.len().saturating_sub(40)).try_for_each(|line| writeln!(f, "{line:.200}"))?;
+        writeln!(f, "--- and then: {:?}", reading.rest.as_deref().map(String::from_utf8_lossy))
     }
 }
 
@@ -735,7 +714,6 @@ impl std::fmt::Debug for Transcript {
 pub fn terminal() -> (File, OwnedFd) {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let screen = openpt(flags).unwrap();
-    grantpt(&screen).unwrap();
     unlockpt(&screen).unwrap();
     let program_end = ioctl_tiocgptpeer(&screen, flags).unwrap();
     let mut modes = tcgetattr(&program_end).unwrap();
@@ -764,7 +742,6 @@ pub fn observed(lines: &[String]) -> Vec<&str> {
     lines.iter().filter_map(|line| line.strip_prefix("Observing ")).collect()
 }
 
-/// The texts that were received from the client with this port, in order.
 pub fn received_from(lines: &[String], port: u16) -> Vec<&str> {
     let from = format!(" from 127.0.0.1:{port}");
     lines.iter().filter_map(|line| line.strip_prefix("Received ")?.strip_suffix(&from)).collect()
@@ -777,8 +754,7 @@ pub fn conversation(shown: &str, port: u16) -> [String; 3] {
 
 // ------------------------------------------------- how a line is to be shown
 
-/// A received line as it is shown, in all three places: as text, stripped, escaped. A byte order mark at its
-/// start is stripped like a blank.
+/// A received line as it is shown, in all three places: as text, stripped (a byte order mark, too), escaped.
 pub fn shown(line: &[u8]) -> String {
     let text = String::from_utf8_lossy(line);
     let text = text.trim_start_matches(|c: char| c.is_whitespace() || c == '\u{feff}').trim_end();
@@ -832,17 +808,15 @@ impl Client {
     pub fn is_read(&self) -> bool {
         let port = format!(":{:04X} ", self.port());
         // The thread may be in a network of its own. State 01 is ESTABLISHED, inode 0 the backlog.
-        find_socket(Path::new("/proc/thread-self/net/tcp"), &port, |field| {
-            let ours = field[2].ends_with(port.trim_end()) && field[9] != "0";
-            ours.then(|| field[3] == "01" && field[4].ends_with(":00000000"))
-        }) == Some(true)
+        sockets(Path::new("/proc/thread-self/net/tcp"), &port).iter().any(|fields| {
+            let is_taken = fields[2].ends_with(port.trim_end()) && fields[9] != "0";
+            is_taken && fields[3] == "01" && fields[4].ends_with(":00000000")
+        })
     }
 
     /// Sends nothing more.
     pub fn finish(&self) {
-        // The server may have closed already, as it had a whole line, or stops.
-        let refused = self.0.shutdown(Shutdown::Write).err().filter(|e| e.kind() != ErrorKind::NotConnected);
-        assert!(refused.is_none(), "shutdown: {refused:?}");
+        let _ = self.0.shutdown(Shutdown::Write); // the server may have closed: it had a line, or stops
     }
 
     /// The next bytes must be these.
@@ -875,7 +849,6 @@ impl Client {
         silent
     }
 
-    /// Ends the connection with a reset.
     pub fn reset(self) {
         sockopt::set_socket_linger(&self.0, Some(Duration::ZERO)).unwrap();
     }
@@ -905,7 +878,6 @@ impl Flood {
         Self { client, port, reads, text, lines: 0, sent: 0, received: 0, echoed: 0, ended }
     }
 
-    /// What the line of this number says.
     pub fn line(&self, number: usize) -> String {
         format!("line {number} of {} {}", self.port, "x".repeat(80))
     }
