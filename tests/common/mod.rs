@@ -21,7 +21,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{self, Child, Command, ExitStatus, Stdio};
+use std::process::{self, Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
@@ -136,10 +136,10 @@ pub fn at_once<T: Send>(cases: impl IntoIterator<Item = T>, check: impl Fn(T) + 
 /// For glibc, to be like musl: no second arena, which grows at a time of its own, and nothing large kept.
 pub const MALLOC: [(&str, &str); 2] = [("MALLOC_ARENA_MAX", "1"), ("MALLOC_MMAP_THRESHOLD_", "131072")];
 
-/// A command whose output is collected, unless its caller says where else it goes.
+/// A command with an open stdin, whose output is collected, unless its caller says where else they go.
 fn command(name: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(name);
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
 }
 
@@ -277,6 +277,11 @@ impl Process {
 
     pub fn signal(&self, signal: Signal) {
         kill_process(self.pid, signal).expect("the program is there to be signalled");
+    }
+
+    /// Takes the end of its stdin to write to; stdin ends when that is dropped.
+    pub fn stdin(&mut self) -> ChildStdin {
+        self.child.stdin.take().unwrap()
     }
 
     /// Stops it in its tracks, until it is woken.
