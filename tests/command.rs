@@ -236,9 +236,9 @@ fn output_comes_behind_its_event() {
     }
 }
 
-/// A run that fails is told in a sentence, with `--quiet`, too, and is not repeated.
+/// A run that fails is reported in a sentence, also with `--quiet`, and is not repeated.
 #[test]
-fn failed_run_is_told() {
+fn failed_run_is_reported() {
     let mut server = with_script("", r#"echo x; eval "$SMOLRX_EVENT""#);
     let exits = [3, 1, 255, 137].map(|code| (format!("exit {code}"), format!("exited with {code}")));
     // SIGABRT (6) may dump a core; of the real-time signals, from 34 on, nix knows none.
@@ -257,9 +257,9 @@ fn failed_run_is_told() {
     assert_eq!(exit.stdout.len(), 12);
 }
 
-/// A run that fails is told although it ends while the server looks for other children that have ended.
+/// A run that fails is reported although it ends while the server looks for other children that have ended.
 #[test]
-fn failed_run_is_told_though_it_ends_in_the_middle_of_reaping() {
+fn failed_run_is_reported_though_it_ends_in_the_middle_of_reaping() {
     let mut server = with_script("", &format!("{HELD}\nexit 3"));
     poke(&server, "poke\n");
     let Some(strace) = strace("wait4:delay_exit=1000000") else { return }; // µs
@@ -302,17 +302,17 @@ fn signal_waits_for_the_run_and_runs_what_is_pending() {
 }
 
 /// A signal brings about the run of the event that the debounce holds, and none without one; a failure of
-/// that run is told before the end, which is with 0 all the same, unless the command is not there.
+/// that run is reported before the end, which is with 0 all the same, unless the command is not there.
 #[test]
 fn signal_runs_what_the_debounce_holds() {
     let long = &*"x".repeat(200_000);
     let fails = ["sh", "-c", "sleep 0.1; echo \"ran $SMOLRX_EVENT\"; echo \"its own word\" >&2; exit 3"];
-    let told_of_it = &["its own word", "smolrx: the command exited with 3"];
+    let reports = &["its own word", "smolrx: the command exited with 3"];
     let options = format!("{PENDING} -q --max-line 300000");
     for (command, pokes, code, said, told) in [
         (&fails[..], &[][..], 0, &[][..], &[][..]),
-        (&fails, &["a"], 0, &["ran a"], told_of_it),
-        (&fails, &["a", "b", "c"], 0, &["ran c"], told_of_it),
+        (&fails, &["a"], 0, &["ran a"], reports),
+        (&fails, &["a", "b", "c"], 0, &["ran c"], reports),
         (&["true"], &[long], 0, &[], &["smolrx: cannot run true: too long for the system (error 7)"]),
         (&["no-such"], &["a"], 127, &[], &["smolrx: cannot run no-such: not found (error 2)"]),
     ] {
@@ -358,10 +358,10 @@ fn second_signal_is_passed_on_and_ends_it() {
     }
 }
 
-/// A command that ignores signals, or is stopped, or has filled an output that nobody reads, holds up neither
+/// A command that ignores signals, or is stopped, or has filled an output that nobody reads, delays neither
 /// the end by a second signal nor, silently and with 141, the end by an output that its reader closes.
 #[test]
-fn command_holds_up_no_end() {
+fn command_delays_no_end() {
     let ignores = "trap '' TERM; exec > /dev/null; echo $$ >&2; exec 2>&1; read -r _";
     let stops = "exec > /dev/null; echo $$ >&2; exec 2>&1; kill -STOP $$";
     let fills = "echo $$ >&2; exec 2> /dev/null; yes"; // which ends with the pipe
@@ -403,7 +403,8 @@ fn ctrl_c_reaches_both() {
 // ------------------------------------------------------------------ what is left behind
 
 /// As process 1 it reaps what runs leave behind, be it a hundred children that end at once, during a run,
-/// which is not over then, or later; those who stay hold up no good end, which SIGHUP brings about, too.
+/// which is not over then, or later; those who stay do not delay the end,
+/// which SIGHUP brings about, too.
 #[test]
 fn process_1_reaps_orphans() {
     let script = r#"i=0; while [ $i -lt 100 ]; do ((sleep 0.5; exit 3) &) > /dev/null 2>&1; i=$((i + 1)); done
@@ -497,7 +498,7 @@ fn shortest_runs_are_noticed() {
 
 /// A server whose parent ignores SIGCHLD notices each run's end, also beside another child, and ends well.
 #[test]
-fn ignored_sigchld_holds_up_nothing() {
+fn ignored_sigchld_delays_nothing() {
     for others in ["true", "sleep 60 > /dev/null 2>&1 &"] {
         // `env` comes last: a shell has a handler of its own.
         let setup = format!("{others}\nexec env --ignore-signal=CHLD \"$0\" \"$@\"");
@@ -572,9 +573,9 @@ fn path_is_searched() {
     assert_eq!(poked_with_path("first").exited(ms(6000)).code, Some(126));
 }
 
-/// An event is whole up to the system's limit, 128 KiB a variable; a longer one is told, and others are run.
+/// An event is whole up to the system's limit, 128 KiB a variable; a longer one is reported and left out.
 #[test]
-fn long_event_is_whole_or_told() {
+fn long_event_is_whole_or_reported() {
     let mut server = with_script("--max-line 300000", TELLS);
     let fits = 131_072 - "SMOLRX_EVENT=\0".len();
     let line = |length: usize| -> String { ('a'..='z').cycle().take(length).collect() };
@@ -591,9 +592,10 @@ fn long_event_is_whole_or_told() {
     assert_eq!(exit.stdout.len(), 3);
 }
 
-/// A run is left out and told for want of processes or memory, or while somebody writes the program.
+/// A run for which there is no process or no memory, or whose program is being written, is reported and left
+/// out.
 #[test]
-fn run_that_is_left_out_is_told() {
+fn run_that_is_left_out_is_reported() {
     let folder = folder_with("cp /bin/sh sh");
     let mut command = with_command("-q", &["./sh", "-c", TELLS]);
     let mut server = Server::on_loopback(command.current_dir(folder.file("")));

@@ -100,7 +100,7 @@ SH
   until_true is_alone zombies
 }
 
-# What a run has left behind holds up no end.
+# What a run has left behind does not delay the end.
 stop_waits_for_runs_only() {
   own daemon "${poked[@]}" << 'SH'
 sleep 1000 > /dev/null 2>&1 &

@@ -45,15 +45,15 @@ fn hangup_is_for_process_one_alone() {
     server.stop();
 }
 
-/// Signals are blocked first of all in `main`: one that comes when the program first touches its signal mask
-/// is not lost, and kills nobody. (As process 1 it would be lost; that is harder to see.)
+/// Signals are blocked first of all in `main`: one that comes at a change of the signal mask is neither lost
+/// nor deadly. (Otherwise it would kill here; process 1 would lose it, which is harder to see.)
 #[test]
 fn signal_at_the_very_start_is_not_lost() {
     for moment in 1..=4 {
         let Some(strace) = strace(&format!("rt_sigprocmask:signal=TERM:when={moment}")) else { return };
         let exit = run(within(strace, &calm_on_loopback("")));
-        assert_eq!(exit.code, Some(0), "at the {moment}. change of its mask: {exit:?}");
-        assert_eq!(observed(&exit.stdout), ["0"], "at the {moment}. change of its mask");
+        assert_eq!(exit.code, Some(0), "at change {moment} of its mask: {exit:?}");
+        assert_eq!(observed(&exit.stdout), ["0"], "at change {moment} of its mask");
     }
 }
 
@@ -100,8 +100,8 @@ fn closed_stdout_ends_it_at_once() {
     }
 }
 
-/// A stdout whose reader had gone before the start ends it in the same way; a terminal that hung up may also
-/// be the error that it is to who writes to it.
+/// A stdout whose reader had gone before the start ends it in the same way; a terminal that hung up may be
+/// reported as a write error instead.
 #[test]
 fn stdout_closed_before_the_start_ends_it() {
     for options in ["", "--quiet"] {
@@ -119,7 +119,7 @@ fn stdout_closed_before_the_start_ends_it() {
     }
 }
 
-/// A reader that leaves while text waits for it ends the server with 141, too, and one that stops already.
+/// A reader that leaves while text waits for it ends the server with 141, even one that is stopping.
 #[test]
 fn stdout_closed_while_text_waits_ends_it() {
     for stopping in [false, true] {
@@ -158,12 +158,13 @@ fn quiet_output_costs_nothing() {
     });
 }
 
-/// A stdout that fails, as on a full disk, is an error, for the server and for a text that is printed once;
-/// one that is closed is none for such a text.
+/// A stdout that fails, as on a full disk, is an error, for the server as for `--help` and `--version`; one
+/// that its reader has closed is none for these two.
 #[test]
 fn failed_stdout_is_an_error() {
     for option in ["--help", "--version"] {
-        let exit = run(program(option).stdout(io::pipe().unwrap().1));
+        let (_, closed) = io::pipe().unwrap();
+        let exit = run(program(option).stdout(closed));
         assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{option}: {exit:?}");
     }
     let servers = [calm_on_loopback(""), calm_on_loopback("-q --debounce 1")];
@@ -176,9 +177,9 @@ fn failed_stdout_is_an_error() {
 
 // -------------------------------------------------------------------- stderr
 
-/// A stderr that nobody reads holds up no end by an error, be it a stdout that fails or a wrong option.
+/// A stderr that nobody reads does not delay an end by an error: a stdout that fails, or a wrong option.
 #[test]
-fn stalled_stderr_holds_up_no_end() {
+fn stalled_stderr_delays_no_end() {
     let (_reader, mut stderr) = io::pipe().unwrap();
     fcntl_setfl(&stderr, OFlags::NONBLOCK).unwrap();
     while stderr.write(&[b'x'; 4096]).is_ok() {}
