@@ -108,8 +108,7 @@ fn urgent_byte_is_echoed_in_its_place() {
     }
 }
 
-/// A client that leaves before its echo comes loses no line; one that resets the connection loses only what
-/// has no newline yet.
+/// A client that leaves before its echo comes loses no line; a reset loses only what has no newline yet.
 #[test]
 fn lines_of_a_client_that_is_gone_are_received() {
     let many: String = (0..10_000).map(|i| format!("{i}\n")).collect();
@@ -163,16 +162,14 @@ fn silent_connection_is_closed() {
         assert_eq!(client.until_closed(), b"");
         let least = if part.is_empty() { ms(1495) } else { ms(1995) };
         assert!(start.elapsed() >= least, "after {:?}", start.elapsed());
-        let mut expected = if line.is_empty() { vec![] } else { conversation("foo", client.port()).to_vec() };
-        drop(client);
-        expected.extend(conversation("bar", server.echo("bar\n")));
-        expected.push("Observing bar".into());
-        assert_eq!(server.stop().stdout[1..], expected);
+        server.echo("bar\n");
+        let exit = server.stop();
+        assert_eq!(received_from(&exit.stdout, client.port()), Vec::from_iter(line.lines()));
+        assert_eq!(observed(&exit.stdout), ["bar"]);
     });
 }
 
-/// A client that does not take its echo is let go after `--timeout`, and what it sent is observed all the
-/// same, as it is when the client resets the connection meanwhile.
+/// A client that takes no echo for `--timeout`, or resets meanwhile, is let go, and its line is observed.
 #[test]
 fn connection_that_does_not_take_its_echo_is_closed() {
     for (resets, timeout) in [(false, 1000), (true, 60_000)] {
@@ -201,33 +198,25 @@ fn client_that_only_sends_is_closed() {
     assert!(took >= ms(995) && took < ms(10_000), "after {took:?}");
 }
 
-/// A slow client that goes on is not cut off, whether its line takes long or it takes its echo bit by bit.
+/// A slow client is not cut off, though its line takes longer than `--timeout`, and so does its echo.
 #[test]
 fn slow_client_is_not_cut() {
-    let server = &Server::calm("--timeout 3000 --max-line 9000000");
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut client = server.connect();
-            for piece in "xxxxxxxxxx\n".split_inclusive('x') {
-                client.send(piece);
-                thread::sleep(ms(400));
-            }
-            assert_eq!(client.rest(), b"xxxxxxxxxx\n");
-        });
-        let (line, mut client) = (line_of(8_000_000), server.connect());
-        client.send(&line);
-        let mut bytes = vec![0; 900_000];
-        for chunk in bytes.chunks_mut(20_000) {
-            client.0.read_exact(chunk).expect("the server goes on with its echo");
-            thread::sleep(ms(100));
-        }
-        bytes.extend(client.until_closed());
-        assert!(bytes == line.as_bytes(), "cut after {} of {} bytes", bytes.len(), line.len());
-    });
+    let server = Server::calm("--timeout 3000 --max-line 9000000");
+    let (line, mut client) = (line_of(8_000_000), server.connect());
+    for piece in line.as_bytes().chunks(900_000) {
+        client.send(piece);
+        thread::sleep(ms(400));
+    }
+    let mut bytes = vec![0; 800_000];
+    for chunk in bytes.chunks_mut(20_000) {
+        client.0.read_exact(chunk).expect("the server goes on with its echo");
+        thread::sleep(ms(100));
+    }
+    bytes.extend(client.until_closed());
+    assert!(bytes == line.as_bytes(), "cut after {} of {} bytes", bytes.len(), line.len());
 }
 
-/// A line that arrives within its client's time counts, even if the server looks later: it sleeps past the
-/// timeout, and more clients have sent than it looks at in one turn.
+/// A line that arrives in time counts, even if the server sleeps past the timeout and has many to look at.
 #[test]
 fn lines_that_came_in_time_beat_the_timeout() {
     const CLIENTS: usize = 500; // more than have a turn at once
@@ -283,18 +272,18 @@ fn more_sent_at_any_moment_does_not_cut_the_echo() {
     assert_eq!(client.rest(), b"foo\n", "in good order, as the server knows that there is more");
 }
 
-/// The echo of a long line arrives whole although its client reads late and sends one more byte, before the
-/// echo begins, while it is sent, or when the kernel has all of it.
+/// A long echo arrives whole although its client reads late and sends one more byte, at whatever stage.
 #[test]
 fn byte_after_a_long_line_does_not_cut_the_echo() {
     let server = Server::calm("--max-line 6000000");
+    // The byte comes before the echo begins, while it is sent, and when the kernel has all of it.
     let cases = [[(60_000, 0, 0), (60_000, 1, 0), (60_000, 1, 50)].repeat(10), vec![(HUGE, 1, 0)]];
     at_once(cases.concat(), |(length, begun, pause)| {
         byte_after_a_long_line(server.connect_with_small_window(), length, begun, pause, 200);
     });
 }
 
-/// The echo of a long line arrives whole over a slow network although its client sends one byte more.
+/// A long echo arrives whole over a slow network although its client sends one more byte.
 #[test]
 fn byte_after_a_long_line_does_not_cut_the_echo_over_a_slow_network() {
     let slow = "ip link set lo mtu 1500; tc qdisc add dev lo root tbf rate 8mbit burst 10kb latency 400ms";
@@ -304,8 +293,7 @@ fn byte_after_a_long_line_does_not_cut_the_echo_over_a_slow_network() {
     });
 }
 
-/// A client sends a line; once `begun` bytes of its echo are there, and `pause` ms later, one more byte;
-/// `later` ms after that it reads the echo, which must be whole.
+/// The byte comes `pause` ms after so many bytes of the echo; the client reads `later` ms after that.
 fn byte_after_a_long_line(mut client: Client, length: usize, begun: usize, pause: u64, later: u64) {
     let line = line_of(length);
     client.send(&line);
@@ -353,9 +341,8 @@ fn client_that_never_closes_is_let_go() {
 
 // ------------------------------------------------------------------- hostile input
 
-/// Control characters, bidi controls and bytes that are not UTF-8 are echoed as they came, and shown so that
-/// they can do no harm: an event is one line, and no client writes to the terminal. Blanks at a line's ends,
-/// and a byte order mark at its start, are not shown.
+/// Whatever a line holds, it is echoed as it came, and shown so that it can do no harm: an event is one line,
+/// and no client writes to the terminal. Blanks at its ends and a byte order mark before it are not shown.
 #[test]
 fn hostile_text_is_echoed_exactly_and_shown_harmlessly() {
     let (nul, shown_nul) = ("\0".repeat(2000) + "\n", r"\u{0}".repeat(2000));
@@ -448,12 +435,10 @@ fn clients_beyond_the_limit_wait_and_are_served() {
     }
 }
 
-/// A server that is out of descriptors waits without spinning, warns once a second at most, and goes on when
-/// there are some: every client is served in the end.
+/// Without descriptors the server waits, does not spin, warns once a second at most, and serves all in the end.
 #[test]
 fn server_out_of_descriptors_waits_and_goes_on() {
     let mut server = Server::start_after("ulimit -n 64", &calm(""));
-    let before = server.descriptors();
     let mut clients = server.clients(100, "");
     server.stderr.wait_for_count(1);
     assert!(server.descriptors() > 50, "the limit is 64, and only {} are open", server.descriptors());
@@ -464,24 +449,20 @@ fn server_out_of_descriptors_waits_and_goes_on() {
     assert!(busy < ms(150), "busy for {busy:?} of three seconds");
     clients.iter_mut().for_each(|client| client.send("foo\n"));
     clients.iter_mut().for_each(|client| assert_eq!(client.rest(), b"foo\n"));
-    eventually(PATIENCE, "all clients' descriptors are closed", || server.descriptors() == before);
     let exit = server.stop();
-    assert_eq!(exit.stdout.iter().filter(|line| *line == CLOSE).count(), 100);
-    assert!(exit.stderr.iter().all(|line| line.starts_with("smolrx: ")), "{:?}", exit.stderr);
+    assert!(exit.stderr.iter().all(|line| line.starts_with("smolrx: cannot accept: ")), "{:?}", exit.stderr);
 }
 
 // --------------------------------------------------------------------------- memory
 
-/// The memory that a server has taken, with the default options, is within its bound. It gives none back: what
-/// it holds at the end is the most that it has held.
+/// With the default options the server has held no more than it may; it gives none back to the system.
 #[track_caller]
 fn assert_memory_is_bounded(server: &Server) {
     let memory = server.memory_kb();
     assert!(memory <= 4096, "{memory} kB");
 }
 
-/// 1,020 clients with unfinished lines of many lengths, within `--max-line` or beyond it, and then lines of
-/// DEL, which are shown six times as long, take bounded memory.
+/// 1,020 clients with unfinished lines of many lengths, or with DELs, shown six times as long, take bounded memory.
 #[test]
 fn unfinished_lines_of_many_lengths_take_bounded_memory() {
     let server = Server::calm("");
@@ -520,14 +501,14 @@ fn memory_is_bounded_when_every_second_client_leaves() {
 fn http_answers_take_bounded_memory() {
     let server = Server::calm("");
     let request = format!("GET{}/ HTTP/1.1", " ".repeat(2034));
-    let mut clients: Vec<Client> = (0..512).map(|_| server.client_in(&request)).collect();
+    let mut clients = server.clients(512, &request);
+    server.comes_to_rest();
     clients.iter_mut().for_each(|client| client.send(["\n", &"x".repeat(2031)].concat()));
     clients.iter_mut().for_each(|client| client.expect(BAD_REQUEST));
     assert_memory_is_bounded(&server);
 }
 
-/// Connections that each hold the longest unfinished line take bounded memory and no processor time, and
-/// whole lines beside them are served at once.
+/// Clients that hold the longest unfinished lines take bounded memory, no processor time, and nobody's turn.
 #[test]
 fn longest_unfinished_lines_take_bounded_memory_and_nobodys_time() {
     at_once([("", ""), ("--keep-open", &*line_of(2000))], |(options, line_before)| {
@@ -549,7 +530,7 @@ fn longest_unfinished_lines_take_bounded_memory_and_nobodys_time() {
     });
 }
 
-/// Hundreds of clients that send lines and take no echo take bounded memory, and nobody else's turn.
+/// Hundreds of clients that send lines and take no echo take bounded memory, and nobody's turn.
 #[test]
 fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
     raise_descriptor_limit();
@@ -599,8 +580,7 @@ fn clients_that_say_nothing_leave_nothing() {
 
 // ------------------------------------------------- stdout and stderr that nobody reads
 
-/// A whole line is served as soon as there is room for its text, beside a flood, clients in the middle of
-/// their lines and a reader of stdout that takes 300 kB a second.
+/// A line is served as soon as there is room for its text, beside a flood and a reader that takes 300 kB/s.
 #[test]
 fn lines_are_served_beside_a_slow_reader_of_stdout() {
     let (mut reader, writer) = io::pipe().unwrap();
@@ -620,8 +600,8 @@ fn lines_are_served_beside_a_slow_reader_of_stdout() {
     });
 }
 
-/// Runs `check` on a server for each kind of stdout that nobody reads, and clients that have sent until it takes
-/// no more: stdout stalls alone, or stderr there as well, or somebody who shares it has made it non-blocking.
+/// Runs `check` on a server for each kind of stdout that nobody reads, beside clients from whom it takes no more:
+/// stdout stalls alone, or stderr there as well, or somebody who shares it has made it non-blocking.
 fn with_every_stalled_stdout(check: impl Fn(Server, [Flood; 4]) + Sync) {
     let blocking = OFlags::empty();
     let ways = [(false, blocking), (true, blocking), (false, OFlags::NONBLOCK)];
@@ -676,8 +656,8 @@ fn second_signal_ends_it_beside_any_stalled_stdout() {
     });
 }
 
-/// Beside a stalled stdout of any kind few lines are echoed, no client is cut off because it is kept waiting, and
-/// no processor time is spent; no line is missing once somebody reads again.
+/// Beside a stalled stdout few lines are echoed, no waiting client is cut off, and no processor time is spent;
+/// no line is missing once somebody reads again.
 #[test]
 fn nothing_is_lost_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|server, floods| {
@@ -724,8 +704,7 @@ fn clock_goes_on_beside_a_flood_and_a_stalled_stdout() {
     }
 }
 
-/// Messages for a stderr that nobody reads, of whatever kind, or that is closed, hold up neither clients nor
-/// the end, and take bounded memory.
+/// Messages to a stderr that nobody reads, or that is closed, hold up nobody, no end, and take little memory.
 #[test]
 fn stalled_or_closed_stderr_holds_nobody_up() {
     let (_, closed) = io::pipe().unwrap();
@@ -793,8 +772,8 @@ fn stdout_at_its_size_limit_ends_it_with_a_message() {
 
 // ------------------------------------------------------------------------- stopping
 
-/// The process ends within six seconds of SIGTERM beside clients that send lines without a pause and take
-/// their echo, four of them or a thousand; beside four, the pending event is looked for and printed.
+/// The process ends within six seconds of SIGTERM beside clients that send without a pause and take their echo;
+/// its pending event is printed.
 #[test]
 fn sigterm_ends_a_flood_of_lines() {
     for (clients, length) in [(4, 2001), (1000, 1)] {
@@ -808,10 +787,8 @@ fn sigterm_ends_a_flood_of_lines() {
     }
 }
 
-/// The process ends within six seconds of SIGTERM beside clients that take no echo or never end their lines,
-/// though they have all connections or all descriptors, and others wait, or though hundreds end their lines
-/// just before the grace does, and send more. A client in the middle of a line gets five seconds, and its part
-/// of a line is no event.
+/// The process ends within six seconds of SIGTERM whatever its clients hold, and however late they end their
+/// lines. A client in the middle of a line gets five seconds, and its part of a line is no event.
 #[test]
 fn sigterm_ends_it_whatever_its_clients_hold() {
     let (echo, part) = (&*line_of(1_000_000), &*"x".repeat(2000));
@@ -869,9 +846,11 @@ fn stop_closes_idle_connections() {
 #[test]
 fn line_right_after_the_signal_is_echoed() {
     let pauses = [1, 1, 1, 1, 1, 20, 100, 200];
-    for (in_the_backlog, pause) in [false, true].into_iter().flat_map(|b| pauses.map(|pause| (b, pause))) {
+    for (pause, in_the_backlog) in
+        [pauses.map(|pause| (pause, false)), pauses.map(|pause| (pause, true))].concat()
+    {
         let what = format!("{pause} ms after the signal, in the backlog: {in_the_backlog}");
-        let in_time = (0..20).any(|_| {
+        let is_in_time = |_| {
             let mut server = Server::calm("");
             let mut client = if in_the_backlog {
                 server.suspend();
@@ -890,8 +869,8 @@ fn line_right_after_the_signal_is_echoed() {
             assert!(sent.is_ok() && client.until_closed() == b"foo\n", "{what}: not echoed");
             server.stopped(signalled).tells_of("foo", client.port());
             true
-        });
-        if !in_time {
+        };
+        if !(0..20).any(is_in_time) {
             skip(format!("this machine is too slow for {what}"));
         }
     }
@@ -993,8 +972,7 @@ fn full_server_is_healthy_and_one_that_hangs_or_has_ended_is_not() {
     }
 }
 
-/// The answer of `--health`, which is no and must come within two seconds; a third is what a busy machine may
-/// take.
+/// The answer of `--health`, which is no, and comes within two seconds; a busy machine may take a third.
 #[track_caller]
 fn unhealthy_in_time(options: &str) -> Exit {
     let (start, exit) = (Instant::now(), run(program(&format!("--health {options}"))));
@@ -1003,10 +981,10 @@ fn unhealthy_in_time(options: &str) -> Exit {
     exit
 }
 
-/// A server whose name another process has warns at its start. A probe asks it by TCP if that process is gone,
-/// or if its own sandbox forbids Unix sockets, in whatever way.
+/// A server whose name another process has warns of it. A probe asks it by TCP once that process is gone, or if
+/// its own sandbox forbids Unix sockets, in whatever way.
 #[test]
-fn probe_asks_by_tcp_where_nobody_has_the_name() {
+fn probe_asks_by_tcp_where_no_name_answers() {
     let port = Port::reserve();
     let number = port.number();
     let name = net::SocketAddr::from_abstract_name(format!("smolrx {number}")).unwrap();
