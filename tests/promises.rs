@@ -125,7 +125,7 @@ fn lines_of_a_client_that_is_gone_are_received() {
         ("", "whole\npart of a line", reset, true),
         ("", "whole\npart of a line", reset, false),
     ];
-    at_once(cases.repeat(10), |(options, text, leave, in_the_backlog)| {
+    for (options, text, leave, in_the_backlog) in cases.repeat(10) {
         let mut server = Server::calm(options);
         if in_the_backlog {
             server.suspend();
@@ -138,9 +138,10 @@ fn lines_of_a_client_that_is_gone_are_received() {
         server.stdout.wait_for(CLOSE);
         let exit = server.stop();
         let lines: Vec<&str> = text.lines().filter(|line| *line != "part of a line").collect();
-        assert!(received_from(&exit.stdout, port) == lines, "{:?}", server.stdout);
-        assert_eq!(observed(&exit.stdout), lines[lines.len() - 1..]);
-    });
+        let what = format!("{text:.60}, {options:?}, in the backlog: {in_the_backlog}");
+        assert!(received_from(&exit.stdout, port) == lines, "{what}: {:?}", server.stdout);
+        assert_eq!(observed(&exit.stdout), lines[lines.len() - 1..], "{what}");
+    }
 }
 
 // ----------------------------------------------------------- silence for --timeout
@@ -782,7 +783,7 @@ fn sigterm_ends_it_whatever_its_clients_hold() {
         let connect = |_| server.connect_with_small_window();
         let mut clients: Vec<Client> = (0..holders + others).map(connect).collect();
         clients.iter_mut().for_each(|client| client.send(text));
-        clients[..holders].iter().for_each(Client::wait_until_taken);
+        clients[..holders].last().inspect(|last| last.wait_until_taken());
         if descriptors.is_some() {
             server.stderr.wait_for_count(1); // the warning that it cannot accept
         }
