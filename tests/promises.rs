@@ -747,7 +747,7 @@ fn sigterm_ends_it_whatever_its_clients_hold() {
             thread::sleep(ms(4200));
             while server.is_running() && signalled.elapsed() < PATIENCE {
                 clients[..holders].iter_mut().for_each(|client| _ = client.0.write(late.as_bytes()));
-                thread::sleep(ms(20));
+                thread::sleep(ms(100));
             }
         }
         let exit = server.stopped(signalled);
