@@ -177,7 +177,7 @@ impl Event {
         }
     }
 
-    pub fn text(self) -> String {
+    fn text(self) -> String {
         match self {
             Event::Line(text) => text,
             Event::Tick(count) => decimal(count),
@@ -973,8 +973,8 @@ impl Connection<'_> {
     /// may cost the client the end of its echo: so only the sending side is shut down, and for a while what
     /// comes is discarded (a lingering close).
     async fn close(&mut self) {
-        let has_unread = !self.buffer.is_empty() || matches!(self.try_read(), Ok(1..));
-        let must_linger = self.bytes_queued > if has_unread { 0 } else { LEAVES_AT_ONCE };
+        let sends_more = !self.buffer.is_empty() || matches!(self.try_read(), Ok(1..));
+        let must_linger = self.bytes_queued > if sends_more { 0 } else { LEAVES_AT_ONCE };
         if must_linger {
             let _ = net::shutdown(self.socket, Shutdown::Write);
             self.is_closing = true;

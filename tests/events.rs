@@ -10,7 +10,7 @@ use std::time::Instant;
 
 // ------------------------------------------------------------- lines and ticks
 
-/// A lone poke is observed whenever it comes between two ticks: here the defaults, a hundred times as fast.
+/// A lone poke is observed, wherever between two ticks it comes: here the defaults, a hundred times as fast.
 #[test]
 fn every_lone_poke_is_observed() {
     const SERVERS: u32 = 20;
@@ -60,17 +60,17 @@ fn burst_of_ticks_is_its_last_unless_a_line_is_in_it() {
 fn longest_wait_emits_the_line_among_ticks() {
     let server = Server::start("--interval 50 --debounce 100000 --max-wait 1000");
     server.echo("poke\n");
-    // Usually it is in the first burst. A busy machine's clock leaves ticks out, and so counts no further.
+    // The line's burst is usually the first. A burst has 20 ticks; fewer on a busy machine.
     let (poke, tick) = server.stdout.wait_until("a tick behind the line", |lines| {
         let events = observed(lines);
         let poke = events.iter().position(|event| *event == "poke")?;
         Some((poke, events.get(poke + 1)?.parse::<usize>().expect("a tick")))
     });
-    assert!(tick <= 25 * (poke + 2), "tick {tick} ends burst {}", poke + 1);
+    assert!(tick <= 25 * (poke + 2), "tick {tick} ends burst {}", poke + 2);
 }
 
 /// `--debounce`, by default a tenth of the interval or without a clock a second, is the silence that ends a
-/// burst; the last line is observed, once, and what is pending at the end.
+/// burst. The burst's last line is observed, once; so is what is pending at a stop.
 #[test]
 fn debounce_is_the_silence_that_ends_a_burst() {
     let cases: [(_, _, &[_]); 5] = [
@@ -80,8 +80,8 @@ fn debounce_is_the_silence_that_ends_a_burst() {
         ("--interval 600000 --debounce 1000", 1000, &["0"]),
         ("--interval 9000 --debounce 1500", 1500, &["0"]),
     ];
-    // Whether the machine was quick enough to prove it.
-    let holds = |options, debounce, ticks: &[_]| {
+    // Panics if it is wrong; false if the machine was too slow to prove it.
+    let is_proven = |options, debounce, ticks: &[_]| {
         let started = Instant::now();
         let mut server = Server::start(options);
         for tick in ticks {
@@ -108,7 +108,7 @@ fn debounce_is_the_silence_that_ends_a_burst() {
         is_quick
     };
     at_once(cases, |(options, debounce, ticks)| {
-        assert!((0..5).any(|_| holds(options, debounce, ticks)), "{options}");
+        assert!((0..5).any(|_| is_proven(options, debounce, ticks)), "{options}");
     });
 }
 
@@ -126,12 +126,12 @@ fn no_clock_no_event() {
 
 // ------------------------------------------------------------------------ HTTP
 
-/// The options of servers of all kinds, for whom HTTP is the same.
+/// Servers of all kinds, by their options: HTTP is the same for each.
 const KINDS: [&str; 3] = ["", "--keep-open", "--max-line 100"];
 
-/// An HTTP request is no event, also in pieces or if it ends with the connection instead of a newline:
-/// nothing is printed or echoed, and a message on stderr says who sent it and what to send. The client gets a
-/// `400`, and a large body that it sends before it reads that is taken.
+/// An HTTP request is no event, even in pieces, or ended by the connection instead of a newline: nothing is
+/// printed or echoed, and a message on stderr says who sent it and what to send. The client gets a `400`,
+/// even if it first sends a large body.
 #[test]
 fn http_request_is_no_event() {
     let lines = "GET / HTTP/1.1|GET / HTTP/1.0|HEAD / HTTP/1.1|OPTIONS * HTTP/1.1|\
@@ -187,9 +187,10 @@ fn what_is_almost_http_is_a_line() {
     }
 }
 
-/// curl says what to do, for a GET and for a POST of any size, fails with `--fail`, and pokes by `telnet://`.
+/// curl says what to send, for a GET and for a POST of any size, fails with `--fail-with-body`, and pokes by
+/// `telnet://`.
 #[test]
-fn curl_says_something() {
+fn curl_says_what_to_send() {
     if let Some(reason) = refusal(Command::new("curl").arg("--version")) {
         return skip(format!("no curl: {reason}"));
     }
