@@ -315,7 +315,7 @@ pub mod rx {
     }
 
     /// The operators of Rx that futures-lite lacks. What can be turned off is an `Option`, like
-    /// `max_wait`. A new one may be one line:
+    /// `max_wait`. A new operator may be one line:
     ///
     /// ```text
     /// fn start_with(self, item: Self::Item) -> impl Stream<Item = Self::Item> {
@@ -384,7 +384,7 @@ pub mod rx {
         ///
         /// ```text
         /// source                  abc-----d-|
-        /// then_latest(later, f)   ---a--c----d|
+        /// then_latest(later, f)   ---a--c----(d|)
         /// ```
         ///
         /// The source must be pending at times, or the futures get no turn.

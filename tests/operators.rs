@@ -122,7 +122,7 @@ impl Scheduler for VirtualTime {
 // ---------------------------------------------------------------- marble diagrams
 
 /// Marbles as RxJS draws them, a column a millisecond: `-` is nothing, `|` the end, and what is in
-/// parentheses comes at the instant of the first one.
+/// parentheses comes at the instant of the `(`.
 fn drawn(diagram: &str) -> Marbles<char> {
     let (mut items, mut end, mut group) = (Vec::new(), None, None);
     for (column, marble) in (0..).zip(diagram.chars()) {
@@ -203,10 +203,10 @@ fn debounce_ends_a_burst_by_silence_or_the_longest_wait() {
     );
 }
 
-/// An item whose silence or longest wait is over comes out before the next one is taken: if the process was
-/// stopped meanwhile, and if the source always has another item.
+/// An item whose silence or longest wait is over comes out before the next one is taken: after a stop of
+/// the process, and equally in a flood.
 #[test]
-fn debounce_does_not_hide_an_item_that_is_due_behind_the_next() {
+fn debounce_does_not_hide_a_due_item_behind_the_next() {
     for (pause, max_wait, bursts) in [(100, None, [100, 200]), (1, Some(50 * MS), [51, 102])] {
         let time = VirtualTime::default();
         let clock = time.clone();
