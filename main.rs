@@ -379,12 +379,12 @@ pub mod rx {
         }
 
         /// Like futures-lite's `then`, it runs one future at a time; but the source goes on meanwhile, and
-        /// `reduce` makes one item of what comes. Rx: `onBackpressureLatest`, then `concatMap`. With futures
-        /// that take three:
+        /// `reduce` makes one item of what comes. That runs next, even after the source's end. Rx:
+        /// `onBackpressureLatest`, then `concatMap`. With futures that take three:
         ///
         /// ```text
-        /// source                  abc-----d-|
-        /// then_latest(later, f)   ---a--c----(d|)
+        /// source                  abc-----d----|
+        /// then_latest(later, f)   ---a--c----d-|
         /// ```
         ///
         /// The source must be pending at times, or the futures get no turn.
