@@ -3,8 +3,6 @@
 mod common;
 
 use common::*;
-use std::fs::{self, File};
-use std::io::Write;
 use std::net::SocketAddr;
 use std::thread;
 
@@ -56,46 +54,6 @@ fn address_that_cannot_be_had_is_one_sentence() {
     server.stop().tells_of("foo", port);
 }
 
-/// Nothing is held for a connection whose line is answered, be it sent at once or in parts, though the client
-/// leaves its own side open.
-#[test]
-fn connection_ends_though_the_client_stays() {
-    for part in ["", "abc"] {
-        let server = Server::calm("");
-        let before = server.descriptors();
-        let mut client = server.client_in(part);
-        client.send("defg\n");
-        assert_eq!(client.rest(), format!("{part}defg\n").as_bytes());
-        let is_over = || server.descriptors() == before && server.stdout.lines().len() == 4;
-        eventually(ms(3000), "the connection is over", is_over);
-    }
-}
-
-/// A thousand clients at once each get exactly their own bytes, and the transcript accounts for every line.
-#[test]
-fn thousand_clients_at_once() {
-    for options in ["", "--keep-open"] {
-        let mut server = Server::calm(options);
-        let mut clients = server.clients(1000, "client ");
-        for client in clients.iter_mut().rev() {
-            client.send(format!("{}\n", client.port()));
-            client.finish();
-        }
-        let mut expected = vec![];
-        for client in &mut clients {
-            let line = format!("client {}", client.port());
-            assert_eq!(String::from_utf8(client.rest()).unwrap(), format!("{line}\n"));
-            expected.extend(conversation(&line, client.port()));
-        }
-        let exit = server.stop();
-        assert_eq!(exit.stderr, [""; 0]);
-        let mut told = exit.stdout[1..exit.stdout.len() - 1].to_vec(); // and an event
-        told.sort();
-        expected.sort();
-        assert!(told == expected, "the transcript differs from what was sent: {:?}", server.stdout);
-    }
-}
-
 /// With `--quiet` events are all that is printed: ticks, and lines without the blanks at their ends.
 #[test]
 fn quiet_prints_bare_events() {
@@ -107,22 +65,6 @@ fn quiet_prints_bare_events() {
     }
     server.echo("\n"); // which the end gives out
     assert_eq!(server.stop().stdout, ["0", "foo", "", "two words", "", ""]);
-}
-
-/// What is in a file already stays there, and what others add to it meanwhile, too.
-#[test]
-fn stdout_in_a_file_is_appended_to() {
-    let scratch = Scratch::new();
-    let path = scratch.file("log");
-    let mut file = File::create(&path).unwrap();
-    file.write_all(b"before\n").unwrap();
-    let mut server = Server::on_loopback(calm_on_loopback("").stdout(file.try_clone().unwrap()));
-    let address = server.address;
-    let text = || fs::read_to_string(&path).unwrap();
-    eventually(PATIENCE, "it says where it serves", || text().contains(&address.to_string()));
-    file.write_all(b"meanwhile\n").unwrap();
-    server.stop();
-    assert_eq!(text(), format!("before\nServing on {address}\nmeanwhile\nObserving 0\n"));
 }
 
 /// An idle server, with a clock and connections or without, does not run at all between two ticks.
