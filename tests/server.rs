@@ -112,8 +112,7 @@ fn quiet_prints_bare_events() {
 /// What is in a file already stays there, and what others add to it meanwhile, too.
 #[test]
 fn stdout_in_a_file_is_appended_to() {
-    let scratch = Scratch::new();
-    let path = scratch.file("log");
+    let path = scratch().join("log");
     let mut file = File::create(&path).unwrap();
     file.write_all(b"before\n").unwrap();
     let mut server = Server::on_loopback(calm_on_loopback("").stdout(file.try_clone().unwrap()));
