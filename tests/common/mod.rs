@@ -70,7 +70,7 @@ pub fn raise_descriptor_limit() {
     setrlimit(Resource::Nofile, Rlimit { current: hard, maximum: hard }).unwrap();
 }
 
-/// An empty directory, which is there until the test runs again.
+/// An empty directory named after the test. What is in it stays until that runs again.
 pub fn scratch() -> PathBuf {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(thread::current().name().unwrap());
     let _ = fs::remove_dir_all(&path);
@@ -818,7 +818,7 @@ pub struct Flood {
     received: usize,
     /// Lines whose echo has come.
     pub echoed: usize,
-    pub ended: bool,
+    ended: bool,
 }
 
 impl Flood {
