@@ -8,6 +8,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 use std::time::Instant;
@@ -51,9 +52,9 @@ fn poke(server: &Server, line: impl AsRef<[u8]>) -> String {
 
 /// A folder in which a shell has made files. (A program that this process has written can't be run while what
 /// another test starts at that moment still has it open.)
-fn folder_with(files: &str) -> Scratch {
-    let folder = Scratch::new();
-    assert_eq!(refusal(Command::new("sh").args(["-ec", files]).current_dir(folder.file(""))), None);
+fn folder_with(files: &str) -> PathBuf {
+    let folder = scratch();
+    assert_eq!(refusal(Command::new("sh").args(["-ec", files]).current_dir(&folder)), None);
     folder
 }
 
@@ -497,7 +498,7 @@ fn command_that_cannot_be_started_ends_it() {
     ] {
         for command in commands.split('|') {
             let mut started = with_command("", &[command, "--argument"]);
-            let mut server = Server::on_loopback(started.current_dir(folder.file("")));
+            let mut server = Server::on_loopback(started.current_dir(&folder));
             let port = server.echo("poke\n");
             let exit = server.exited(ms(6000));
             let what = format!("{command:.60}: {exit:?}");
@@ -520,13 +521,13 @@ fn path_is_searched() {
     );
     let poked_with_path = |places: &str| {
         let mut command = with_command("-q", &["smolrx-tool"]);
-        let server = Server::on_loopback(command.env("PATH", places).current_dir(folder.file("")));
+        let server = Server::on_loopback(command.env("PATH", places).current_dir(&folder));
         server.echo("poke\n");
         server
     };
     for (places, says) in [
         ("first:third", "third"),
-        (&format!("{}:second", folder.file("third").display()), "third"),
+        (&format!("{}:second", folder.join("third").display()), "third"),
         (&format!("/no/such:/dev/null:/{}:second", "x".repeat(5000)), "second"),
         (":second", "."),
         ("/no/such::", "."),
@@ -562,9 +563,9 @@ fn long_event_is_whole_or_reported() {
 fn run_that_is_left_out_is_reported() {
     let folder = folder_with("cp /bin/sh sh");
     let mut command = with_command("-q", &["./sh", "-c", TELLS]);
-    let mut server = Server::on_loopback(command.current_dir(folder.file("")));
+    let mut server = Server::on_loopback(command.current_dir(&folder));
     let is_told = |why: &str| server.stderr.wait_for(&format!("smolrx: cannot run ./sh: {why}"));
-    let writer = File::options().append(true).open(folder.file("sh")).unwrap();
+    let writer = File::options().append(true).open(folder.join("sh")).unwrap();
     server.echo("busy\n");
     is_told("unexpected (error 26)");
     drop(writer);

@@ -201,7 +201,7 @@ fn curl_says_what_to_send() {
     let requests = ["", "--http1.0", "-d foo", "-H Expect: --data-binary @-", "--fail-with-body"];
     for options in KINDS {
         let mut server = Server::calm(options);
-        let address = server.loopback();
+        let address = server.address;
         for request in requests {
             let status = if request == "--fail-with-body" { 22 } else { 0 };
             let arguments = format!("{request} -w '%{{http_code}} ' http://{address}/");

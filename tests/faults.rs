@@ -1,20 +1,17 @@
 //! Load, abuse and bad luck: fault runs against the real binary, each with its outcome.
 //!
-//! `SMOLRX_SOAK=600`, `SMOLRX_SLOW=60` (seconds) and `SMOLRX_SIGTERMS=200` (servers) make them longer, and
-//! `SMOLRX_SEED` repeats the random moments of a run, which prints its seed.
+//! `SMOLRX_SOAK=600`, `SMOLRX_SLOW=60` (seconds) and `SMOLRX_SIGTERMS=200` (servers) make them longer.
 
 mod common;
 
 use common::*;
 use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
-
-// -------------------------------------------------------------- slow clients
+use std::time::{Duration, Instant};
 
 /// 2,000 clients that send a byte a second do not keep another one waiting for 100 ms, and when they stop
 /// sending the timeout frees them all.
@@ -24,12 +21,11 @@ fn slow_clients_hold_nobody_up() {
     let before = server.descriptors();
     let mut slow = server.clients(2000, "");
     eventually(PATIENCE, "2,000 clients are connected", || server.descriptors() >= before + slow.len());
-    beside_quick_round_trips(server.loopback(), || {
+    beside_quick_round_trips(server.address, || {
         for _ in 0..setting("SMOLRX_SLOW", 3) {
             for some in slow.chunks_mut(100) {
-                let next = Instant::now() + ms(50);
                 some.iter_mut().for_each(|client| client.send("x"));
-                thread::sleep(next.saturating_duration_since(Instant::now()));
+                thread::sleep(ms(50));
             }
         }
         assert!(server.descriptors() >= before + slow.len(), "a client that sends was cut");
@@ -95,8 +91,6 @@ fn beside_quick_round_trips(address: SocketAddr, body: impl FnOnce()) {
     }
 }
 
-// ------------------------------------------------------------ a kernel that lacks memory
-
 /// A client for which the kernel has no room among those that it watches is served all the same, once there
 /// is some, and a warning says why it waited.
 #[test]
@@ -125,43 +119,38 @@ fn client_that_cannot_be_watched_is_served() {
     assert!(hit, "no client was met");
 }
 
-// ------------------------------------------------------------------- signals
-
 /// After SIGTERM at a random moment under load, every line whose echo a client got is in the transcript, what
 /// came last is observed, no line of output is partial, and the server exits with 0 in under six seconds.
 #[test]
 fn sigterm_at_random_moments() {
-    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap();
-    let seed = setting("SMOLRX_SEED", u64::from(now.subsec_nanos()));
-    println!("SMOLRX_SEED={seed}"); // libtest shows it where the test fails
     for round in 0..setting("SMOLRX_SIGTERMS", 20) {
         let (option, lines) = if round % 2 == 0 { ("--keep-open", usize::MAX) } else { ("", 1) };
         let interval = if round % 4 < 2 { 10 } else { 600_000 };
         let server = Server::start(&format!("--interval {interval} {option}"));
-        let random = seed.wrapping_add(round).wrapping_mul(6364136223846793005) >> 33;
-        let what = format!("round {round}");
-        let (address, talk) = (server.loopback(), Talk::default());
+        let moment = Duration::from_micros(RandomState::new().hash_one(round) % 150_000);
+        let what = format!("round {round}, SIGTERM after {moment:?}");
+        let (address, talk) = (server.address, Talk::default());
         let exit = thread::scope(|scope| {
             let mut server = server; // if it does not stop, it is killed here, and the clients end
             for client in 0..8 {
                 let (talk, name) = (&talk, move |i| format!("client {client} connection {i}"));
                 scope.spawn(move || (0..).all(|i| converse(&name(i), address, lines, talk).is_ok()));
             }
-            thread::sleep(Duration::from_micros(random % 150_000));
+            thread::sleep(moment);
             server.stop()
         });
         assert_eq!(exit.stderr, [""; 0], "{what}");
         let [begun, echoed] = talk.map(|texts| texts.into_inner().unwrap());
         let printed = HashSet::from_iter(exit.stdout[1..].iter().cloned());
         assert_eq!(echoed.difference(&printed).next(), None, "{what}: echoed, but not in the transcript");
-        let is_tick = |line: &str| line.strip_prefix("Observing ").is_some_and(|n| n.parse::<u64>().is_ok());
-        let partial = printed.difference(&begun).find(|line| !is_tick(line));
+        let is_tick = |event: &str| event.parse::<u64>().is_ok();
+        let is_no_tick = |line: &&String| !line.strip_prefix("Observing ").is_some_and(is_tick);
+        let partial = printed.difference(&begun).find(is_no_tick);
         assert_eq!(partial, None, "{what}: not a whole line");
         // What came last is observed last; with a debounce of a millisecond, perhaps before the end.
-        let last = |start| exit.stdout.iter().rev().find(|line| line.starts_with(start)).map(|line| &**line);
-        let event = if interval == 10 { last("Observing ") } else { last("") }.unwrap();
-        let received = last("Send: ").map_or("0", |line| &line[6..]);
-        let is_flushed = event == format!("Observing {received}") || interval == 10 && is_tick(event);
+        let event = *observed(&exit.stdout).last().unwrap();
+        let last = exit.stdout.iter().rev().find_map(|line| line.strip_prefix("Send: ")).unwrap_or("0");
+        let is_flushed = event == last || interval == 10 && is_tick(event);
         assert!(is_flushed, "{what}: the pending value is not flushed, but: {event}");
     }
 }
@@ -175,19 +164,17 @@ fn converse(name: &str, address: SocketAddr, lines: usize, [begun, echoed]: &Tal
     socket.set_read_timeout(Some(PATIENCE))?;
     let port = socket.local_addr()?.port();
     for number in 0..lines {
-        let line = format!("{name} line {number}");
-        begun.lock().unwrap().extend(conversation(&line, port));
-        begun.lock().unwrap().insert(format!("Observing {line}"));
-        socket.write_all(format!("{line}\n").as_bytes())?;
-        let mut echo = vec![0; line.len() + 1];
+        let line = format!("{name} line {number}\n");
+        let shown = conversation(line.trim(), port);
+        begun.lock().unwrap().extend([&shown[..], &[format!("Observing {}", line.trim())]].concat());
+        socket.write_all(line.as_bytes())?;
+        let mut echo = vec![0; line.len()];
         socket.read_exact(&mut echo)?;
-        assert_eq!(echo, format!("{line}\n").as_bytes());
-        echoed.lock().unwrap().extend(conversation(&line, port));
+        assert_eq!(echo, line.as_bytes());
+        echoed.lock().unwrap().extend(shown);
     }
     Ok(())
 }
-
-// ---------------------------------------------------------------------- soak
 
 /// After a long time under every kind of client, memory and descriptors are what they were before.
 #[test]
@@ -204,69 +191,43 @@ fn soak_leaves_nothing_behind() {
         let before = std::mem::replace(&mut memory, server.memory_kb());
         memory <= before
     });
-    let conversations = abuse(&server, Duration::from_secs(setting("SMOLRX_SOAK", 5)));
+    abuse(&server, Duration::from_secs(setting("SMOLRX_SOAK", 5)));
     eventually(PATIENCE, "no descriptor is left", || server.descriptors() == rest);
     let after = server.memory_kb();
-    assert!(after <= memory + 64, "{memory} kB before, {after} kB after {conversations} connections");
+    assert!(after <= memory + 64, "{memory} kB before, {after} kB after");
     server.echo("last\n");
     let exit = server.stop();
     assert!(!exit.stderr.iter().any(|line| line.contains("panicked")), "{exit:?}");
 }
 
-/// Has clients of every kind for this long; returns how many there were.
-fn abuse(server: &Server, time: Duration) -> usize {
-    let count = AtomicUsize::new(0);
-    let load = |_| {
-        let (mut idle, count) = (None, &count);
-        move || {
-            let number = count.fetch_add(1, Ordering::Relaxed);
-            idle = one_of_every_kind(server, number).or(idle.take());
-            if number.is_multiple_of(500) {
-                assert!(!server.stdout.lines().iter().any(|line| line.contains("reset in mid-li")));
-                server.stdout.clear();
-                server.stderr.clear();
-            }
-            thread::sleep(ms(1));
-            1
-        }
+/// Has four clients at a time, which are of each kind in turn, for this long.
+fn abuse(server: &Server, time: Duration) {
+    let client_with = |text: &[u8]| {
+        thread::sleep(ms(1));
+        let mut client = server.connect();
+        client.send(text);
+        client
     };
-    beside([0; 4].map(load).into(), 0, || thread::sleep(time));
-    count.into_inner()
-}
-
-/// One client; the kinds take turns. A client that is to stay idle is handed back.
-fn one_of_every_kind(server: &Server, number: usize) -> Option<Client> {
-    let mut client = server.connect();
-    let kind = number % 11;
-    let (sent, times): (&[u8], _) = [
-        (&b"\xff\x1b[0m\0\n"[..], 1),
-        (b"pipelined\n", 50),
-        (b"last line without newline", 1),
-        (b"", 0),
-        (b"reset in mid-li", 1), // and so it is no line
-        (b"gone before the echo\n", 20),
-        (b"", 0),
-        (b"x", 4097), // too long by one
-        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 1),
-        (b"gone after the echo\n", 1),
-        (b"idle in mid-li", 1),
-    ][kind];
-    let sent = sent.repeat(times);
-    client.send(&sent);
-    match kind {
-        0 | 1 => client.expect(&sent),
-        2 | 3 => {
-            client.finish();
-            assert_eq!(client.rest(), sent);
+    let load = || {
+        let _idle = client_with(b"idle in mid-li");
+        for text in [&b"\xff\x1b[0m\0\n"[..], &b"pipelined\n".repeat(50)] {
+            client_with(text).expect(text);
         }
-        4..=6 => client.reset(),
-        7 => assert_eq!(client.until_closed(), b""),
-        8 => assert_eq!(client.rest(), BAD_REQUEST),
-        9 => {
-            client.expect(&sent);
-            client.reset();
+        server.echo("last line without newline");
+        server.echo("");
+        // The first two are no line, and nobody takes the echo of the third.
+        for text in [&b""[..], b"reset in mid-li", &b"gone before the echo\n".repeat(20)] {
+            client_with(text).reset();
         }
-        _ => return Some(client),
-    }
-    None
+        let mut gone = client_with(b"gone after the echo\n");
+        gone.expect("gone after the echo\n");
+        gone.reset();
+        assert_eq!(client_with(&[b'x'; 4097]).until_closed(), b""); // too long by one
+        assert_eq!(client_with(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").rest(), BAD_REQUEST);
+        assert!(!server.stdout.lines().iter().any(|line| line.contains("reset in mid-li")));
+        server.stdout.clear();
+        server.stderr.clear();
+        1
+    };
+    beside(vec![load; 4], 0, || thread::sleep(time));
 }

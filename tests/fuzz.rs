@@ -49,7 +49,7 @@ const TOKENS: [&[u8]; 5] = [
     b"\r\n|\r|\0|\t| |\\u{1b}|foo|x\n|\x1b[2J|\x1b]0;x\x07",
     b"\xc3|\xe2\x80|\xf0\x9f\x98|\x80|\xff|\xed\xa0\x80|\xc0\x8a",
     b"\xef\xbb\xbf|\xef\xbb|\n\xef\xbb\xbf|\xc2\xa0|\xe3\x80\x80", // the byte order mark, and blanks
-    b"GET / HTTP/1.1|POST /x HTTP/1.0\r\n|\nG  /  HTTP/1.1|/ HTTP/1.1|GET | HTTP/1.0",
+    b"GET / HTTP/1.1|POST /x HTTP/1.0\r\n|\nG  /  HTTP/1.1|/ HTTP/1.1|GET | HTTP/1.0|\n GET / HTTP/1.1",
     b"get / HTTP/1.1|GET / HTTP/1.2|GET / HTTP/1.1.|GET / x HTTP/1.1|GET HTTP/1.1|GET\t/ HTTP/1.0",
 ];
 
@@ -260,15 +260,8 @@ fn bytes_over_tcp_become_text_as_the_model_says() {
     }
 }
 
-/// What chance seldom makes: lines of tens of kilobytes, and what once failed.
+/// What chance seldom makes: tens of kilobytes, as one line or as thousands.
 const CASES: &[(bool, usize, &[&[u8]])] = &[
-    (false, 2048, &[b" GET / HTTP/1.1"]),
-    (true, 2048, &[b"one\ntwo\n", b"POST / HTTP/1.1\r\n\r\nthree\n"]),
-    (false, 2048, &[b"foo\nx", &[b'x'; 5000]]),
-    (true, 12, &[b"xxxxxxxxxxx", b"\nxxxxxxxxxx\r", b"\n"]),
-    (true, 2048, &[b"\xc3", b"\xa9 \xe2", b"\x80", b"\xae \xf0\x9f", b"\x98\x80\n"]),
-    (true, 2048, &[b"\xef", b"\xbb", b"\xbffoo\nG", b"ET / HTTP/1.", b"1\r\nHost: x\r\n\r\n"]),
-    (true, 4096, &[&[b'x'; 4095], b"\n", &[b'x'; 4096], b"\n"]),
     (true, 65_536, &[&[b'\n'; 9000]]),
     (true, 65_536, &[&[b'x'; 4096], b"x", &[b'x'; 24_095], b"\nfoo\n"]),
     (true, 65_536, &[&[b'x'; 65_535], b"\n", &[b'x'; 65_536], b"\n"]),

@@ -140,14 +140,13 @@ fn stdout_closed_while_text_waits_ends_it() {
 /// An output of any kind, a half-closed socket included, costs no processor time while nothing is written.
 #[test]
 fn quiet_output_costs_nothing() {
-    let scratch = Scratch::new();
     let mut outputs = Vec::from(outputs());
     for half in [Shutdown::Write, Shutdown::Read] {
         let (peer, socket) = UnixStream::pair().unwrap();
         peer.shutdown(half).unwrap();
         outputs.push(("a half-closed socket", Box::new(peer), socket.into()));
     }
-    for (what, path) in [("/dev/null", "/dev/null".into()), ("a file", scratch.file("log"))] {
+    for (what, path) in [("/dev/null", "/dev/null".into()), ("a file", scratch().join("log"))] {
         outputs.push((what, Box::new(io::empty()), File::create(path).unwrap().into()));
     }
     at_once(outputs, |(what, _reader, output)| {

@@ -479,7 +479,7 @@ fn longest_unfinished_lines_take_bounded_memory_and_nobodys_time() {
         holders.iter_mut().for_each(|holder| holder.expect(line_before));
         server.comes_to_rest(); // all is taken
         for (length, parts) in [6, 300, 1000, 2000, 2048].into_iter().flat_map(|n| [(n, 1), (n, 2)]) {
-            assert_echoed_within(ms(1000), server.loopback(), length, length / parts);
+            assert_echoed_within(ms(1000), server.address, length, length / parts);
         }
         assert_healthy(server.address.port());
         assert_memory_is_bounded(&server);
@@ -503,7 +503,7 @@ fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
     while Instant::now() < end {
         senders.iter_mut().for_each(|sender| _ = sender.pump(true));
     }
-    assert_echoed_within(ms(1000), server.loopback(), 2000, 2000);
+    assert_echoed_within(ms(1000), server.address, 2000, 2000);
     assert_memory_is_bounded(&server);
 }
 
@@ -558,7 +558,8 @@ fn with_every_stalled_stdout(check: impl Fn(Server, [Flood; 4]) + Sync) {
         }
         let mut server = Server::on_loopback(command.stdout(writer));
         drop(command);
-        server.stdout = Transcript::of_paused(reader);
+        server.stdout = Transcript::of(reader);
+        server.stdout.pause();
         fcntl_setfl(&holder, fcntl_getfl(&holder).unwrap() | mode).unwrap();
         let mut floods = [(); 4].map(|()| Flood::new(server.connect(), true));
         Flood::pump_until_stalled(&mut floods, ms(500));
@@ -582,9 +583,10 @@ fn assert_complete(mut server: Server, mut floods: [Flood; 4], is_stopping: bool
     let exit = server.exited(PATIENCE);
     assert_eq!((exit.code, exit.stderr.len()), (Some(0), 0), "{:?}", exit.stderr);
     for flood in &floods {
-        let (echoed, received) = (flood.echoed, received(&exit.stdout, flood));
-        assert!(received >= echoed, "{echoed} lines echoed, {received} received");
+        let (echoed, received) = (flood.echoed, received_from(&exit.stdout, flood.client.port()));
+        assert!(received.len() >= echoed, "{echoed} lines echoed, {} received", received.len());
         assert!(is_stopping || echoed == flood.lines, "not all lines are echoed");
+        (0..).zip(received).for_each(|(number, line)| assert_eq!(line, flood.line(number)));
     }
     let event = exit.stdout.last().unwrap();
     assert!(event.starts_with("Observing line "), "the last line is not observed, but: {event}");
@@ -674,8 +676,7 @@ fn stalled_or_closed_stderr_holds_nobody_up() {
 /// was in it before stays there.
 #[test]
 fn stdout_at_its_size_limit_ends_it_with_a_message() {
-    let scratch = Scratch::new();
-    let path = scratch.file("log");
+    let path = scratch().join("log");
     let mut file = File::create(&path).unwrap();
     file.write_all(b"before\n").unwrap();
     let exit = run(after("ulimit -f 1", &program("--tcp-port 0 --interval 10")).stdout(file));
@@ -881,8 +882,7 @@ fn full_server_is_healthy_at_any_address() {
 /// it is gone, or if the sandbox forbids Unix sockets; one that does not answer is not healthy.
 #[test]
 fn probe_asks_whoever_has_the_name_or_else_by_tcp() {
-    let port = Port::reserve();
-    let number = port.number();
+    let (_socket, number) = reserve_port();
     let name = net::SocketAddr::from_abstract_name(format!("smolrx {number}")).unwrap();
     let mute = net::UnixDatagram::bind_addr(&name).unwrap();
     let mut server = Server::of(program(&calm(&format!("--tcp-port {number}"))));

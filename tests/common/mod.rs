@@ -5,7 +5,7 @@
 #![allow(dead_code)] // each test file is a crate of its own and uses its own part
 
 use nix::sched::{CloneFlags, unshare};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, getsockname, socket_with, sockopt};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit, setrlimit};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{OptionalActions, OutputModes, tcgetattr, tcsetattr};
@@ -15,14 +15,14 @@ use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{self, Child, ChildStdin, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -70,27 +70,12 @@ pub fn raise_descriptor_limit() {
     setrlimit(Resource::Nofile, Rlimit { current: hard, maximum: hard }).unwrap();
 }
 
-/// A directory that every user may enter; it goes when dropped.
-pub struct Scratch(PathBuf);
-
-impl Scratch {
-    pub fn new() -> Self {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let path = env::temp_dir().join(format!("smolrx-test-{}-{number}", process::id()));
-        fs::create_dir(&path).unwrap();
-        Self(path)
-    }
-
-    pub fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+/// An empty directory named after the test. What is in it stays until that runs again.
+pub fn scratch() -> PathBuf {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(thread::current().name().unwrap());
+    let _ = fs::remove_dir_all(&path);
+    fs::create_dir_all(&path).unwrap();
+    path
 }
 
 /// Tries until `done` is true; fails after `within`.
@@ -341,8 +326,7 @@ impl Process {
     /// Asks it to stop, which must be in time and end well.
     #[track_caller]
     pub fn stop(&mut self) -> Exit {
-        let signalled = self.ask_to_stop();
-        self.stopped(signalled)
+        self.stopped(self.ask_to_stop())
     }
 
     /// Asks it to stop, and returns when it did.
@@ -351,8 +335,6 @@ impl Process {
         self.signal(Signal::TERM);
         now
     }
-
-    // What /proc says of it.
 
     fn proc(&self, file: &str) -> PathBuf {
         format!("/proc/{}/{file}", self.pid).into()
@@ -450,33 +432,21 @@ impl Drop for Process {
     }
 }
 
-/// A socket that programs started meanwhile do not inherit.
-fn stream_socket() -> OwnedFd {
-    let flags = SocketFlags::CLOEXEC;
-    rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap()
-}
-
-/// A port that the kernel gives to nobody, as it is bound; a server that is told to can listen there.
-pub struct Port(OwnedFd);
-
-impl Port {
-    pub fn reserve() -> Self {
-        let socket = stream_socket();
-        sockopt::set_socket_reuseaddr(&socket, true).unwrap();
-        rustix::net::bind(&socket, &SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0)).unwrap();
-        Self(socket)
-    }
-
-    pub fn number(&self) -> u16 {
-        SocketAddr::try_from(rustix::net::getsockname(&self.0).unwrap()).unwrap().port()
-    }
+/// A port that the kernel gives to nobody while this socket has it; a server that is told to can listen there.
+pub fn reserve_port() -> (OwnedFd, u16) {
+    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    sockopt::set_socket_reuseaddr(&socket, true).unwrap();
+    bind(&socket, &SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
+    let address = SocketAddr::try_from(getsockname(&socket).unwrap()).unwrap();
+    (socket, address.port())
 }
 
 /// A program that listens on a port of its own, which stays so when it listens no more.
 pub struct Server {
     process: Process,
+    /// Where it listens. To a client on this machine, an unspecified address is its own.
     pub address: SocketAddr,
-    _port: Option<Port>,
+    _port: Option<OwnedFd>,
 }
 
 impl Server {
@@ -492,9 +462,9 @@ impl Server {
 
     /// The same as `start`, in the place of a shell that has run `setup`.
     pub fn start_after(setup: &str, options: &str) -> Self {
-        let port = Port::reserve();
-        let program = program(&format!("--tcp-port {} {options}", port.number()));
-        Self { _port: Some(port), ..Self::of(after(setup, &program)) }
+        let (socket, port) = reserve_port();
+        let program = program(&format!("--tcp-port {port} {options}"));
+        Self { _port: Some(socket), ..Self::of(after(setup, &program)) }
     }
 
     /// Starts a server that says where it serves.
@@ -513,18 +483,8 @@ impl Server {
         Self { process, address, _port: None }
     }
 
-    /// The address at which a client on this machine reaches it.
-    pub fn loopback(&self) -> SocketAddr {
-        let ip = match self.address.ip() {
-            IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-            IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-            ip => ip,
-        };
-        SocketAddr::new(ip, self.address.port())
-    }
-
     pub fn connect(&self) -> Client {
-        Client::connect(self.loopback())
+        Client::connect(self.address)
     }
 
     /// This many clients that are connected, and then have each sent `text`.
@@ -545,9 +505,10 @@ impl Server {
 
     /// A client that can take a few kilobytes only before it has read them.
     pub fn connect_with_small_window(&self) -> Client {
-        let socket = stream_socket();
+        let socket =
+            socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
         sockopt::set_socket_recv_buffer_size(&socket, 4096).unwrap();
-        rustix::net::connect(&socket, &self.loopback()).unwrap();
+        rustix::net::connect(&socket, &self.address).unwrap();
         Client::of(TcpStream::from(socket))
     }
 
@@ -572,7 +533,7 @@ impl Server {
     pub fn wait_until_refused(&self) {
         eventually(ms(1500), "a new connection is refused", || {
             // One that comes in between two steps of the end gets no answer for a second.
-            let attempt = TcpStream::connect_timeout(&self.loopback(), ms(100));
+            let attempt = TcpStream::connect_timeout(&self.address, ms(100));
             attempt.is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
         });
     }
@@ -618,15 +579,7 @@ struct Reading {
 
 impl Transcript {
     pub fn of(source: impl Read + Send + 'static) -> Self {
-        let transcript = Self::of_paused(source);
-        transcript.resume();
-        transcript
-    }
-
-    /// As `of`, but nothing is read before it is told to resume.
-    pub fn of_paused(source: impl Read + Send + 'static) -> Self {
         let transcript = Self::default();
-        transcript.pause();
         let (reader, mut source) = (transcript.clone(), BufReader::with_capacity(4096, source));
         thread::spawn(move || {
             while reader.wait_while(PATIENCE * 100, |reading| reading.paused).rest.is_none() {
@@ -856,8 +809,7 @@ impl Client {
 
 /// A client that sends numbered lines as fast as they are taken, and checks the echo of every one.
 pub struct Flood {
-    client: Client,
-    pub port: u16,
+    pub client: Client,
     reads: bool,
     /// All lines begun, how many they are, and how many of their bytes are sent and have come back.
     text: Vec<u8>,
@@ -866,7 +818,7 @@ pub struct Flood {
     received: usize,
     /// Lines whose echo has come.
     pub echoed: usize,
-    pub ended: bool,
+    ended: bool,
 }
 
 impl Flood {
@@ -874,12 +826,11 @@ impl Flood {
         client.0.set_nonblocking(true).unwrap();
         // Left alone, the kernel holds megabytes of what is sent to a server that takes no more.
         sockopt::set_socket_send_buffer_size(&client.0, 64 << 10).unwrap();
-        let (port, text, ended) = (client.port(), vec![], false);
-        Self { client, port, reads, text, lines: 0, sent: 0, received: 0, echoed: 0, ended }
+        Self { client, reads, text: vec![], lines: 0, sent: 0, received: 0, echoed: 0, ended: false }
     }
 
     pub fn line(&self, number: usize) -> String {
-        format!("line {number} of {} {}", self.port, "x".repeat(80))
+        format!("line {number} of {} {}", self.client.port(), "x".repeat(80))
     }
 
     /// Sends and receives what goes without waiting; returns whether anything went.
@@ -935,10 +886,4 @@ impl Flood {
             floods.iter().all(|flood| flood.ended)
         });
     }
-}
-
-/// All lines of a flood that are in the transcript, which must be in order and without a gap.
-pub fn received(transcript: &[String], flood: &Flood) -> usize {
-    let lines = received_from(transcript, flood.port).into_iter();
-    lines.enumerate().map(|(i, line)| assert_eq!(line, flood.line(i))).count()
 }
