@@ -1272,7 +1272,7 @@ mod output {
         });
     }
 
-    /// Waits until a stream's reader is gone; false if the limit is over.
+    /// Waits until a stream's reader is gone; false if the limit is over, or `poll` was interrupted.
     fn hangs_up(stream: BorrowedFd, limit: Option<&Timespec>) -> bool {
         // Asked for no event, `poll` reports errors and a hang-up alone.
         matches!(poll(&mut [PollFd::new(&stream, PollFlags::empty())], limit), Ok(1..))

@@ -1,5 +1,5 @@
-//! What the original experiment did, with its two options only: the Python baseline passes these as well
-//! (`SMOLRX_BIN=path/to/its/wrapper cargo test --test experiment`).
+//! What the original experiment did, with its two options only. The Python baseline passes these tests, too:
+//! `.ci/run` gives `SMOLRX_BIN` a script that starts it.
 
 mod common;
 
@@ -8,8 +8,8 @@ use rustix::process::Signal;
 use std::time::Instant;
 
 /// A line comes back as it was sent, accents and line ending included, and the connection is closed; the line
-/// is shown and observed without the blanks at its ends, and a connection leaves three lines, in this order.
-/// The last line of a client that has ended its sending side needs no newline.
+/// is shown and observed without the blanks at its ends, and a connection leaves the lines of `conversation`,
+/// in order. The last line of a client that has ended its sending side needs no newline.
 #[test]
 fn line_comes_back_as_sent_and_is_shown_stripped() {
     for (line, shown) in
@@ -31,7 +31,7 @@ fn line_comes_back_as_sent_and_is_shown_stripped() {
 #[test]
 fn burst_is_debounced_to_its_last() {
     let server = Server::start("--interval 15000");
-    // Now it is a long time to the clock's next tick, which would take the line's place.
+    // Now it is a long time to the clock's next tick, which in Python would take the line's place.
     server.stdout.wait_for("Observing 0");
     for line in ["a\n", "b\n", "c\n", "d\n"] {
         server.echo(line);

@@ -32,17 +32,17 @@ fn binds_to_an_address_of_either_family() {
     }
 }
 
-/// An address that cannot be had, as another server has it, it is not this machine's, or it needs a scope,
-/// gets one sentence on stderr and exit code 1; the other server goes on.
+/// An address that cannot be had (another server has it, it is not this machine's, or it needs a scope) gets
+/// one sentence on stderr and exit code 1; the other server goes on.
 #[test]
 fn address_that_cannot_be_had_is_one_sentence() {
     let mut server = Server::calm("--bind 127.0.0.1");
     let port = server.address.port();
-    // A machine without IPv6 has other words for the last one.
     let used = format!("127.0.0.1 --tcp-port {port}");
     for (ip, address, reasons) in [
         (&*used, format!("127.0.0.1:{port}"), "address in use"),
         ("192.0.2.1", "192.0.2.1:8888".into(), "address not available"),
+        // A machine without IPv6 has other words.
         ("fe80::1", "[fe80::1]:8888".into(), "invalid argument|address family|address not available"),
     ] {
         let exit = run(program(&format!("--bind {ip}")));
@@ -63,7 +63,7 @@ fn quiet_prints_bare_events() {
         server.echo(line);
         server.stdout.wait_for_count(events);
     }
-    server.echo("\n"); // which the end gives out
+    server.echo("\n"); // which the stop flushes
     assert_eq!(server.stop().stdout, ["0", "foo", "", "two words", "", ""]);
 }
 
