@@ -225,7 +225,7 @@ fn long_run_delays_nobody() {
 }
 
 /// What a run prints comes behind the line of its event, each time, and its end is noticed at once, though it
-/// is short, also where the parent blocks SIGCHLD.
+/// is short, even where the parent blocks SIGCHLD.
 #[test]
 fn output_comes_behind_its_event() {
     let command = with_command("--interval 10", &["sh", "-c", "echo ran; exit 1"]);
@@ -240,7 +240,7 @@ fn output_comes_behind_its_event() {
     }
 }
 
-/// A run that fails is reported in a sentence, also with `--quiet`, and is not repeated.
+/// A run that fails is reported in a sentence, even with `--quiet`, and is not repeated.
 #[test]
 fn failed_run_is_reported() {
     let mut server = with_script("", r#"echo x; eval "$SMOLRX_EVENT""#);
@@ -463,7 +463,7 @@ fn runs_leak_nothing() {
     assert!(memory.windows(2).any(|pair| pair[1] <= pair[0] + 50), "{memory:?} kB");
 }
 
-/// A server whose parent ignores SIGCHLD notices each run's end, also beside another child, and ends well.
+/// A server whose parent ignores SIGCHLD notices each run's end, even beside another child, and ends well.
 #[test]
 fn ignored_sigchld_delays_nothing() {
     for others in ["true", "sleep 60 > /dev/null 2>&1 &"] {

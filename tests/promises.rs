@@ -38,7 +38,7 @@ fn beside_a_flood<T>(address: SocketAddr, clients: usize, line: &str, body: impl
 }
 
 /// A client's line, the first bytes of which are sent ahead, is echoed within this time, in one of three
-/// tries: a busy machine may take the time once or twice.
+/// tries: a busy machine may be late once or twice.
 #[track_caller]
 fn assert_echoed_within(limit: Duration, address: SocketAddr, length: usize, first: usize) {
     let (mut times, line) = (vec![], line_of(length));
@@ -89,7 +89,7 @@ fn pipelined_echoes_are_not_held_back() {
     };
     let mut gaps: Vec<Duration> = (0..15).map(gap).collect();
     gaps.sort();
-    // Held back, each would take 40 ms; a busy machine may hold up most of them, and hardly ten of fifteen.
+    // Held back, each would take 40 ms; a busy machine may hold up some, but hardly ten of fifteen.
     assert!(gaps[5] < ms(20), "the rest of an echo came so long after its beginning: {gaps:?}");
 }
 
@@ -485,7 +485,7 @@ fn longest_unfinished_lines_take_bounded_memory_and_nobodys_time() {
         assert_memory_is_bounded(&server);
         let busy = server.busy_during(ms(3000));
         assert!(busy < ms(15), "busy for {busy:?} of three seconds");
-        // Not in good order, in which an unfinished line is a line.
+        // A reset: after an orderly close, an unfinished line counts.
         holders.into_iter().for_each(Client::reset);
         server.echo("last\n");
         assert_eq!(observed(&server.stop().stdout), ["last"]);
@@ -544,8 +544,8 @@ fn lines_are_served_beside_a_slow_reader_of_stdout() {
     });
 }
 
-/// Runs `check` for each kind of stdout that nobody reads, on a server that takes no more from its clients:
-/// stdout stalls alone, or stderr there as well, or somebody who shares it has made it non-blocking.
+/// Runs `check` for each kind of stdout that nobody reads (alone, with stderr on it, or made non-blocking by
+/// whoever shares it), on a server that takes no more from its clients.
 fn with_every_stalled_stdout(check: impl Fn(Server, [Flood; 4]) + Sync) {
     let blocking = OFlags::empty();
     let ways = [(false, blocking), (true, blocking), (false, OFlags::NONBLOCK)];
@@ -612,7 +612,7 @@ fn nothing_is_lost_beside_any_stalled_stdout() {
     });
 }
 
-/// A server that stops writes all that it owes, also if its stdout is read again long after the grace.
+/// A server that stops writes all that it owes, even if its stdout is read again only long after the grace.
 #[test]
 fn all_is_written_after_a_stop_beside_any_stalled_stdout() {
     with_every_stalled_stdout(|mut server, floods| {
@@ -649,7 +649,8 @@ fn clock_goes_on_beside_a_flood_and_a_stalled_stdout() {
     }
 }
 
-/// Messages to a stderr that nobody reads, or that is closed, hold up nobody, no end, and take little memory.
+/// Messages to a stderr that nobody reads, or that is closed, hold up neither clients nor the end, and take
+/// little memory.
 #[test]
 fn stalled_or_closed_stderr_holds_nobody_up() {
     let (_, closed) = io::pipe().unwrap();
@@ -771,7 +772,7 @@ fn line_right_after_the_signal_is_echoed() {
             server.wake();
             thread::sleep(ms(pause));
             let sent = clients.each_mut().map(|client| client.0.write_all(b"foo\n").is_ok());
-            // The machine may have taken the time.
+            // The machine may have been too slow.
             if signalled.elapsed() > ms(230) {
                 return false;
             }
