@@ -576,7 +576,7 @@ impl Server {
         {
             match waitpid(Some(pid), WaitOptions::NOHANG) {
                 Ok(None) => {}
-                Ok(Some((_, status))) => command.note_end(Some(status)),
+                Ok(Some((_, status))) => command.note_end(Some(status)), // since `wait`
                 // Where SIGCHLD was ignored, it is gone without a status. (`wait` does not tell: other
                 // children may be alive.)
                 Err(_) => command.note_end(None),
@@ -1797,7 +1797,7 @@ fn probe(address: SocketAddr, name: &str) -> Result<(), String> {
     };
     let trouble = match answer {
         Ok(0) => return Ok(()),
-        Ok(_) => String::from("is another server"),
+        Ok(_) => String::from("is not smolrx"),
         Err(Errno::AGAIN | Errno::INPROGRESS) => String::from("is not healthy: it does not answer"),
         Err(error) => ["is not healthy: ", &error_text(error)].concat(),
     };
