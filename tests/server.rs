@@ -1,4 +1,4 @@
-//! What the server does, point by point, on the real binary over real sockets.
+//! Where the server listens, what `--quiet` prints, and that an idle server does nothing.
 
 mod common;
 
