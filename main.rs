@@ -1264,7 +1264,7 @@ mod output {
         exit(status)
     }
 
-    /// Ends the process, as SIGPIPE would, once a stream's reader is gone (a pipe's, or a terminal).
+    /// Ends the process, as SIGPIPE would, once the reader of a stream (a pipe, socket or terminal) is gone.
     pub fn end_with_reader(stream: BorrowedFd<'static>) {
         thread::spawn(move || {
             while !hangs_up(stream, None) {}

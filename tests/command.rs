@@ -320,7 +320,7 @@ fn signal_runs_what_the_debounce_holds() {
 }
 
 /// The second signal, and only that, is passed on to the command, even one in a session of its own, and ends
-/// the server at once with 128 and its number.
+/// the server at once with 128 + its number.
 #[test]
 fn second_signal_is_passed_on_and_ends_it() {
     let (term, int) = (Signal::TERM, Signal::INT);

@@ -14,8 +14,8 @@ use std::time::Instant;
 
 // -------------------------------------------------------------------- signals
 
-/// Process 1 stops at SIGHUP, which a terminal that closes sends, as at SIGTERM and SIGINT, and a second one
-/// of them ends it at once, with 128 and the number of the second.
+/// Process 1 stops at SIGHUP (a terminal that closes sends it) as at SIGTERM and SIGINT; a second one of them
+/// ends it at once, with 128 + its number.
 #[test]
 fn second_signal_ends_process_one_at_once() {
     for (first, second, code) in [
@@ -33,7 +33,7 @@ fn second_signal_ends_process_one_at_once() {
     }
 }
 
-/// Elsewhere than as process 1, SIGHUP does what it does to any program: it kills, but not under nohup.
+/// To any process but process 1, SIGHUP does what it does to any program: it kills, but not under nohup.
 #[test]
 fn hangup_is_for_process_one_alone() {
     let mut server = Server::calm("");
@@ -57,7 +57,7 @@ fn signal_at_the_very_start_is_not_lost() {
     }
 }
 
-/// Signals within 100 ms of the first one are the same signal, as many as come.
+/// Signals within 100 ms of the first count as one, however many come.
 #[test]
 fn signals_within_100_ms_are_one() {
     for signals in [[Signal::TERM, Signal::TERM], [Signal::TERM, Signal::INT], [Signal::INT, Signal::TERM]] {
@@ -85,8 +85,8 @@ fn signals_within_100_ms_are_one() {
 
 // --------------------------------------------------- stdout is closed, or fails
 
-/// Whoever closes its stdout, pipe, socket or terminal, ends it at once, not at its next output: silently,
-/// with 141, as if by SIGPIPE.
+/// A reader that closes stdout (a pipe, socket or terminal) ends the server at once, not at its next output:
+/// silently, with 141, as if by SIGPIPE.
 #[test]
 fn closed_stdout_ends_it_at_once() {
     for options in ["", "--quiet", "--quiet --interval 0"] {
@@ -185,7 +185,7 @@ fn stalled_stderr_delays_no_end() {
     fcntl_setfl(&stderr, OFlags::empty()).unwrap();
     for (mut command, code) in [(calm_on_loopback(""), 1), (program("--frobnicate"), 2)] {
         command.stdout(File::create("/dev/full").unwrap()).stderr(stderr.try_clone().unwrap());
-        assert_eq!(Process::spawn(&mut command).exited(ms(6000)).code, Some(code), "{command:?}");
+        assert_eq!(Process::spawn(&mut command).exited(ms(2000)).code, Some(code), "{command:?}");
     }
 }
 
