@@ -1705,7 +1705,7 @@ impl<I: Iterator<Item = OsString>> Arguments<I> {
         value.ok_or_else(|| ["option '", &self.name, "' needs a value"].concat())
     }
 
-    /// The value as a number from `min` to `max`, or 0 if `or_zero`. (`parse` would take a `+`.) In a
+    /// The value as a number from `min` to `max`, or 0 if `or_zero`. (`str::parse` would take a `+`.) In a
     /// message, these limits follow the description.
     fn number(&mut self, description: &str, or_zero: bool, min: u32, max: u32) -> Result<u32, String> {
         let typed = self.value()?;

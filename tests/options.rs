@@ -43,7 +43,7 @@ fn refusal_of(options: &[impl AsRef<OsStr>]) -> String {
 
 // ------------------------------------------------------------ help and version
 
-/// `--help` prints every option with its default, in the order of the table, and what a command gets.
+/// `--help` prints every option with its default, in the order of `OPTIONS`, and what a command gets.
 #[test]
 fn help_lists_every_option_in_order() {
     let lines = run(program("--help")).stdout;
@@ -62,8 +62,9 @@ fn help_lists_every_option_in_order() {
     }
 }
 
-/// The first `--help` or `--version`, short or long, wins over whatever follows it, and over nothing else: a
-/// mistake before it is refused, as the value of an option it is none, and behind `--` it is the command's.
+/// The first `--help` or `--version`, short or long, wins over whatever follows it, and over nothing else:
+/// an earlier mistake is refused, after an option that needs a value it is that value, and after `--` it is the
+/// command's.
 #[test]
 fn help_and_version_win_over_what_follows() {
     let help = run(program("--help")).stdout;
@@ -79,7 +80,7 @@ fn help_and_version_win_over_what_follows() {
             refusal_of(&["--tcp-port", first]),
             format!("option '--tcp-port' takes a whole number from 0 to 65535, not '{first}'")
         );
-        // Not stopped, but killed: the command must not run.
+        // Dropped, and so killed: a stop would run the command.
         Server::calm(&format!("-- {first}"));
     }
 }
@@ -126,9 +127,9 @@ fn values_at_the_ends_of_their_range() {
         --max-conns 4294967295 --max-line 4294967295 --timeout 4294967295";
     for options in smallest.split('|').chain([largest]) {
         let mut server = Server::start(options);
+        // A millisecond may be too short for a client.
         if options != "--timeout 1" {
-            // One that can be served in a millisecond and has only a byte.
-            server.echo("\n");
+            server.echo("\n"); // all that `--max-line 1` takes
         }
         thread::sleep(ms(50)); // long enough for a sum that overflows
         assert_eq!(server.stop().stderr, [""; 0], "{options}");
@@ -173,8 +174,8 @@ fn values_out_of_their_range_are_refused() {
 
 // -------------------------------------------------------------- what is refused
 
-/// Whatever is no option gets one sentence that names it as typed, be it UTF-8 or not, and the option that
-/// was meant; so does a value that is wrong although a right one follows.
+/// Whatever is no option is named as typed, UTF-8 or not, and for `--port` the option that was meant. A value
+/// that is missing, that is given to a flag, or that is wrong although a right one follows, is refused, too.
 #[test]
 fn wrong_options_are_named_as_typed() {
     // The arguments are parted by a blank, command lines with the same message by `|`; `{}` is one of them.
