@@ -612,7 +612,7 @@ pub struct Server {
     options: Options,
     command: Option<Command>,
     pub executor: StaticLocalExecutor,
-    /// Every line received, by whichever client.
+    /// Every line received, from whichever client.
     pub lines: Subject<String>,
     pub stdout: Output,
     pub stderr: Output,
@@ -990,7 +990,7 @@ impl Connection<'_> {
         }
     }
 
-    /// Attempts something until it is done, or fails, or the client took too long. What the client has done
+    /// Attempts something until it is done, or fails, or the client takes too long. What the client has done
     /// counts before any clock does: there is one more attempt after its time is over.
     async fn attempt(&mut self, attempt: fn(&mut Self) -> Result<usize, Errno>) -> Result<usize, Failure> {
         let (mut start, mut in_time) = (None, true);

@@ -154,7 +154,7 @@ fn http_request_is_no_event() {
                 if finishes {
                     client.finish();
                 }
-                assert_eq!(client.rest(), BAD_REQUEST, "to {line:?} {rest:.20?}");
+                assert_eq!(client.rest(), BAD_REQUEST, "to {line:?} {rest:.20}");
                 let port = client.port();
                 messages.push(format!("smolrx: 127.0.0.1:{port} sent HTTP; send a line, for example by nc"));
                 server.stderr.wait_for_count(messages.len());
