@@ -576,7 +576,7 @@ impl Server {
         {
             match waitpid(Some(pid), WaitOptions::NOHANG) {
                 Ok(None) => {}
-                Ok(Some((_, status))) => command.note_end(Some(status)), // since `wait`
+                Ok(Some((_, status))) => command.note_end(Some(status)), // ended after `wait`
                 // Where SIGCHLD was ignored, it is gone without a status. (`wait` does not tell: other
                 // children may be alive.)
                 Err(_) => command.note_end(None),
@@ -843,7 +843,7 @@ struct Connection<'a> {
     /// How many bytes at the start of `buffer` are to be echoed, and how many of these have been.
     to_echo: usize,
     echoed: usize,
-    /// The client no longer takes an echo; what it has sent still counts.
+    /// The client no longer takes an echo; whole lines that it has sent still count.
     echo_failed: bool,
     /// There may be bytes to read right now.
     is_readable: bool,
@@ -898,7 +898,7 @@ impl Connection<'_> {
                     self.echo().await?;
                     self.buffer.clear();
                     self.buffer.extend_from_slice(HTTP_ANSWER);
-                    self.buffer.push(b'\n'); // for the rest of the request: the close has to linger
+                    self.buffer.push(b'\n'); // stands for the rest of the request: the close has to linger
                     self.to_echo = HTTP_ANSWER.len();
                     self.bytes_queued += self.to_echo;
                     break;
@@ -1601,7 +1601,7 @@ impl Default for Options {
         Options {
             address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8888)),
             interval: Some(Duration::from_secs(60)),
-            debounce: Duration::ZERO, // it depends on the others: see `parse`
+            debounce: Duration::ZERO, // a tenth of `interval`: see `parse`
             max_wait: None,
             keep_open: false,
             max_conns: 512,

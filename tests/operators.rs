@@ -138,7 +138,7 @@ fn drawn(diagram: &str) -> Marbles<char> {
     (items, end)
 }
 
-/// Checks diagrams: a source, and below it what comes of it by an operator with these arguments.
+/// Checks diagrams: a source, and below it what comes of it by the operator named on each line.
 #[track_caller]
 fn check(diagrams: &str) {
     let mut source = None;
@@ -188,7 +188,7 @@ fn runs<T: 'static>(
 fn debounce_ends_a_burst_by_silence_or_the_longest_wait() {
     check(
         "
-        all pass               2----3----4----5----6----7----8----|
+        evenly spaced          2----3----4----5----6----7----8----|
         debounce(4)            ----2----3----4----5----6----7----8|
         debounce(4, 99)        ----2----3----4----5----6----7----8|
         debounce(6)            -----------------------------------(8|)
@@ -325,7 +325,8 @@ fn joined(earlier: Vec<Time>, later: Vec<Time>) -> Vec<Time> {
 
 proptest! {
     /// The model of `debounce`, millisecond by millisecond: a burst goes out when the window has passed since
-    /// its last item or the longest wait since its first, and at the end; it is all its items, and no others.
+    /// its last item or the longest wait since its first, and at the end; what goes out holds all its items, and no
+    /// others.
     #[test]
     fn debounce_equals_its_model(
         source in any_marbles(), window in 1..60u32, longest in prop::option::of(1..120u32)
