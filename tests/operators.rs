@@ -325,8 +325,7 @@ fn joined(earlier: Vec<Time>, later: Vec<Time>) -> Vec<Time> {
 
 proptest! {
     /// The model of `debounce`, millisecond by millisecond: a burst goes out when the window has passed since
-    /// its last item or the longest wait since its first, and at the end; what goes out holds all its items, and no
-    /// others.
+    /// its last item or the longest wait since its first, and at the end; all its items go out, and no others.
     #[test]
     fn debounce_equals_its_model(
         source in any_marbles(), window in 1..60u32, longest in prop::option::of(1..120u32)

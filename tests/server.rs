@@ -6,12 +6,13 @@ use common::*;
 use std::net::SocketAddr;
 use std::thread;
 
-/// `--bind` takes an IPv4 or IPv6 address, in brackets or without; the first line names the address and the
-/// port, clients of each family are served there, and are shown as they know themselves.
+/// It listens on 0.0.0.0; `--bind` takes another IPv4 or IPv6 address, in brackets or without. The first line
+/// names the address and the port; clients of each family are served there, and shown as they know themselves.
 #[test]
 fn binds_to_an_address_of_either_family() {
     let cases = [
         ("", "0.0.0.0", &["127.0.0.1"][..]),
+        ("--bind [127.0.0.1]", "127.0.0.1", &["127.0.0.1"]),
         ("--bind ::1", "::1", &["::1"]),
         ("--bind [0:0::1]", "::1", &["::1"]),
         ("--bind ::", "::", &["127.0.0.1", "::1"]),
@@ -35,7 +36,7 @@ fn binds_to_an_address_of_either_family() {
 /// An address that cannot be had (another server has it, it is not this machine's, or it needs a scope) gets
 /// one sentence on stderr and exit code 1; the other server goes on.
 #[test]
-fn address_that_cannot_be_had_is_one_sentence() {
+fn address_that_cannot_be_had_gets_one_sentence() {
     let mut server = Server::calm("--bind 127.0.0.1");
     let port = server.address.port();
     let used = format!("127.0.0.1 --tcp-port {port}");
