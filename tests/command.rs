@@ -473,9 +473,11 @@ fn ignored_sigchld_hides_no_end() {
         // `env` comes last: a shell has a handler of its own.
         let setup = format!("{others}\nexec env --ignore-signal=CHLD \"$0\" \"$@\"");
         let mut server = with_script_after(&setup, "", TELLS);
+        let start = Instant::now();
         for event in ["a", "b", "c"] {
             assert_eq!(poke(&server, format!("{event}\n")), event);
         }
+        assert!(start.elapsed() < ms(5000), "two ends took {:?}", start.elapsed());
         assert_eq!(server.stop().stdout, ["a", "b", "c"], "beside {others}");
     }
 }

@@ -158,7 +158,8 @@ fn silent_connection_is_closed() {
         client.send(part);
         assert_eq!(client.until_closed(), b"");
         let least = if part.is_empty() { ms(1495) } else { ms(1995) };
-        assert!(start.elapsed() >= least, "after {:?}", start.elapsed());
+        let took = start.elapsed();
+        assert!(took >= least && took < least + ms(2500), "after {took:?}");
         server.echo("bar\n");
         let exit = server.stop();
         assert_eq!(received_from(&exit.stdout, client.port()), Vec::from_iter(line.lines()));
@@ -170,8 +171,8 @@ fn silent_connection_is_closed() {
 /// line is observed.
 #[test]
 fn connection_that_does_not_take_its_echo_is_closed() {
-    for (resets, timeout) in [(false, 1000), (true, 60_000)] {
-        let mut server = Server::calm(&format!("--keep-open --timeout {timeout} --max-line 6000000"));
+    for (options, resets, timeout) in [("--keep-open", false, 1000), ("", false, 1000), ("", true, 60_000)] {
+        let mut server = Server::calm(&format!("{options} --timeout {timeout} --max-line 6000000"));
         let before = server.descriptors();
         let mut client = server.connect_with_small_window();
         let start = Instant::now();
@@ -180,7 +181,7 @@ fn connection_that_does_not_take_its_echo_is_closed() {
         if !resets {
             while client.0.write_all(&[b'x'; 2000]).is_ok() {}
             let took = start.elapsed();
-            assert!(took >= ms(995) && took < ms(10_000), "after {took:?}");
+            assert!(took >= ms(995) && took < ms(2800), "after {took:?}");
         }
         drop(client); // with bytes unread, it resets
         eventually(PATIENCE, "its descriptor is open no more", || server.descriptors() == before);
@@ -507,6 +508,18 @@ fn echoes_not_taken_take_bounded_memory_and_nobodys_time() {
     assert_memory_is_bounded(&server);
 }
 
+/// Clients that come and leave without a word while nobody reads stdout take bounded memory.
+#[test]
+fn silent_clients_take_bounded_memory() {
+    let server = Server::calm("--keep-open");
+    server.stdout.pause();
+    Flood::pump_until_stalled(&mut [Flood::new(server.connect(), true)], ms(300));
+    let before = server.memory_kb();
+    (0..4000).for_each(|_| _ = server.echo(""));
+    let after = server.memory_kb();
+    assert!(after < before + 80, "{before} kB before, {after} kB after");
+}
+
 /// Text that waits for its reader, six times as long as its bytes, takes bounded memory.
 #[test]
 fn text_that_waits_takes_bounded_memory() {
@@ -755,7 +768,7 @@ fn stop_closes_idle_connections() {
     assert_eq!((used.rest(), fresh.rest()), (vec![], vec![]));
     server.wait_until_refused();
     let exit = server.stopped(signalled);
-    assert!(signalled.elapsed() < ms(2500), "after {:?}", signalled.elapsed());
+    assert!(signalled.elapsed() < ms(1800), "after {:?}", signalled.elapsed());
     assert_eq!(exit.stdout.last().unwrap(), "Observing foo");
 }
 
