@@ -889,7 +889,7 @@ impl Connection<'_> {
                     server.stdout.ready().await;
                     self.is_readable = true; // maybe: time has passed
                 }
-                // Lines are no longer taken: what is not echoed has not been received.
+                // Lines are no longer taken: this one is not received, so it is not echoed.
                 Line::Whole(_) if server.lines.is_completed() => return Err(Failure::TimeIsOver),
                 Line::Whole(length) if is_http_request(&rest[..length]) => {
                     // A browser, say, is answered in its own words.
