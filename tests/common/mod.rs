@@ -432,9 +432,14 @@ impl Drop for Process {
     }
 }
 
+/// A socket that programs started meanwhile do not inherit.
+fn stream_socket() -> OwnedFd {
+    socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap()
+}
+
 /// A port that the kernel gives to nobody while this socket has it; a server that is told to can listen there.
 pub fn reserve_port() -> (OwnedFd, u16) {
-    let socket = socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+    let socket = stream_socket();
     sockopt::set_socket_reuseaddr(&socket, true).unwrap();
     bind(&socket, &SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))).unwrap();
     let address = SocketAddr::try_from(getsockname(&socket).unwrap()).unwrap();
@@ -505,8 +510,7 @@ impl Server {
 
     /// A client that can take a few kilobytes only before it has read them.
     pub fn connect_with_small_window(&self) -> Client {
-        let socket =
-            socket_with(AddressFamily::INET, SocketType::STREAM, SocketFlags::CLOEXEC, None).unwrap();
+        let socket = stream_socket();
         sockopt::set_socket_recv_buffer_size(&socket, 4096).unwrap();
         rustix::net::connect(&socket, &self.address).unwrap();
         Client::of(TcpStream::from(socket))
@@ -769,7 +773,9 @@ impl Client {
 
     /// Sends nothing more.
     pub fn finish(&self) {
-        let _ = self.0.shutdown(Shutdown::Write); // the server may have closed: it had a line, or stops
+        // The server may have closed already, as it had a whole line, or stops.
+        let refused = self.0.shutdown(Shutdown::Write).err().filter(|e| e.kind() != ErrorKind::NotConnected);
+        assert!(refused.is_none(), "shutdown: {refused:?}");
     }
 
     /// The next bytes must be these.
